@@ -1,0 +1,39 @@
+"""What ffjax raises and warns: each message quotes the input, then says what to do about it."""
+
+from __future__ import annotations
+
+
+class FfjaxError(Exception):
+    """Everything that ffjax raises on purpose is one of these."""
+
+
+class ClusterError(FfjaxError, ValueError):
+    """A cluster that is unknown, badly described, or not what is attached here."""
+
+
+class PlanError(FfjaxError, ValueError):
+    """A plan that cannot be found, read or carried out."""
+
+
+class PlanMismatch(PlanError):
+    """A saved plan that was made for another program, other arguments or another cluster."""
+
+
+class PinError(PlanError):
+    """A pin that names nothing in the program, or a sharding that its value cannot have."""
+
+
+class BudgetError(PlanError):
+    """No plan fits the memory budget; the message gives the nearest budget that one would fit."""
+
+
+class TraceError(FfjaxError, TypeError):
+    """A train step, or an argument of one, that cannot be traced."""
+
+
+class RuleError(FfjaxError):
+    """An op sharding rule that cannot be read, or that is registered twice."""
+
+
+class FfjaxWarning(UserWarning):
+    """The answer stands but is slower or less certain than it could be; the message says why."""

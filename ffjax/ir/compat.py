@@ -1,0 +1,57 @@
+"""The private JAX APIs that ffjax relies on, all of them, so that a new JAX is checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
+from jax.extend import core
+
+# `jax.extend.core` names these classes but hides their constructors' home.
+Var = core.Var
+Literal = core.Literal
+Jaxpr = core.Jaxpr
+ClosedJaxpr = core.ClosedJaxpr
+JaxprEqn = core.JaxprEqn
+
+
+def source_line(eqn: core.JaxprEqn) -> str:
+    """`file.py:12` of the user's line that made an equation, or `<unknown>`."""
+    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    return "<unknown>" if frame is None else f"{frame.file_name}:{frame.start_line}"
+
+
+def user_context(eqn: core.JaxprEqn):  # type: ignore[no-untyped-def]
+    """A context in which new equations take this one's source line and scope name."""
+    info = eqn.source_info
+    return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
+
+
+def eliminate_dead_code(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """The jaxpr without equations whose results nobody reads; arguments and results stay."""
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return live
+
+
+def with_equations(
+    jaxpr: core.Jaxpr,
+    *,
+    invars: Sequence[core.Var],
+    outvars: Sequence[core.Var | core.Literal],
+    eqns: Sequence[core.JaxprEqn],
+) -> core.Jaxpr:
+    """A jaxpr without constants; its effects are those of its equations."""
+    effects: frozenset[object] = frozenset().union(*(e.effects for e in eqns)) if eqns else frozenset()
+    debug_info = jaxpr.debug_info.with_unknown_names()
+    return core.Jaxpr((), list(invars), list(outvars), list(eqns), effects, debug_info)
+
+
+def bind(eqn: core.JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Runs or traces an equation's primitive on other operands, under the settings that it was traced under."""
+    found = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = found if isinstance(found, tuple) else ((), found)  # a pair before jax 0.10
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*subfuns, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]

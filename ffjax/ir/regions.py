@@ -1,0 +1,296 @@
+"""Regions: ops that share factors and are therefore sharded together. The nodes of the search.
+
+Elementwise ops, broadcasts, transposes and the reductions of a normalisation or a softmax follow one
+another's sharding for free, so their factors are joined along the values between them. What does the
+work (contractions, convolutions, gathers, sorts, reshapes that merge dimensions) stays alone: between
+it and its neighbours a value may be resharded.
+
+Joining never makes one factor index two dimensions of one value, and never joins a factor that can be
+split with one that cannot: there the edge stays, and resharding across it is priced like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, Factors
+from ffjax.ir.graph import NO_VALUE, Graph, Op
+
+Dims = tuple[tuple[int, ...], ...]
+"""For each dimension of a value the atoms that index it, major to minor, numbered within one region."""
+
+_WORK = frozenset(
+    """dot_general conv_general_dilated ragged_dot_general ragged_dot gather scatter scatter-add scatter_add scatter-mul
+    scatter_mul scatter-min scatter_min scatter-max scatter_max scatter-sub scatter_sub sort top_k approx_top_k fft
+    cumsum cumprod cummax cummin cumlogsumexp reduce_window reduce_window_sum reduce_window_max reduce_window_min
+    select_and_scatter_add select_and_gather_add select_and_scatter dynamic_slice dynamic_update_slice shard_map
+    cholesky lu qr eigh svd triangular_solve householder_product pallas_call ffi_call custom_call sharding_constraint
+    reshard mesh_cast""".split()
+)
+"""Ops that are never joined with their neighbours, because resharding next to them can pay."""
+
+
+@dataclass(slots=True, kw_only=True)
+class OpDims:
+    """The dimensions of an op's operands and results, in atoms of its region."""
+
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    reduced: tuple[int, ...]
+    """Atoms over which the op reduces: where they are split, its results are partial sums."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Region:
+    """A node of the search. Atoms are numbered in order of appearance, so alike regions number alike."""
+
+    id: int
+    ops: list[int] = field(default_factory=list)
+    dims: list[OpDims] = field(default_factory=list)
+    """Beside `ops`: the dimensions of each."""
+    sizes: tuple[int, ...] = ()
+    kinds: tuple[int, ...] = ()
+    solo: bool = False
+    """One op that does work: its partial results may be reduce-scattered."""
+
+    def can_split(self, atom: int) -> bool:
+        return not self.kinds[atom] & NEED_REPLICATION
+
+
+@dataclass(slots=True, kw_only=True)
+class Edge:
+    """A value read where its dimensions are other atoms than where it was made."""
+
+    value: int
+    source: int
+    source_dims: Dims
+    target: int
+    target_dims: Dims
+    op: int
+    operand: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Regions:
+    graph: Graph
+    regions: list[Region]
+    region_of: list[int]
+    """For each op its region."""
+    home: list[Dims]
+    """For each value its dimensions, in atoms of its producer's region."""
+    edges: list[Edge]
+
+
+def find_regions(graph: Graph) -> Regions:
+    """Joins the program's ops into regions, in near-linear time."""
+    return _Joiner(graph).join()
+
+
+def is_reduction(op: Op) -> bool:
+    return op.kind in ("argmax", "argmin", "reduce") or (
+        op.kind.startswith("reduce_") and op.kind not in ("reduce_precision", "reduce_window")
+    )
+
+
+def is_light(op: Op) -> bool:
+    """Whether an op follows its neighbours' sharding for free."""
+    if op.kind in _WORK or is_reduction(op):
+        return False
+    return all(len(dim) <= 1 for value in op.rule.operands + op.rule.results for dim in value)
+
+
+class _Joiner:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.factors = Factors()
+        # By op: the atoms of each operand's and each result's dimensions.
+        self.dims: list[tuple[list[list[list[int]]], list[list[list[int]]]]] = []
+        # By atom: which values it indexes, so that a join that would index one twice is seen.
+        self.where: dict[int, set[tuple[int, int]]] = {}
+        for op in graph.ops:
+            operands, results = self.factors.instantiate(op.rule)
+            self.dims.append((operands, results))
+            for slot, value in enumerate(operands + results):
+                for dim in value:
+                    for atom in dim:
+                        self.where.setdefault(atom, set()).add((op.id, slot))
+        self.consumers: list[list[tuple[int, int]]] = [[] for _ in graph.values]
+        for op in graph.ops:
+            for index, value in enumerate(op.operands):
+                if value != NO_VALUE:
+                    self.consumers[value].append((op.id, index))
+        self.light = [is_light(op) for op in graph.ops]
+
+    def join(self) -> Regions:
+        graph = self.graph
+        for (op_a, side_a, i), (op_b, side_b, j) in graph.ties:
+            self.unify(self.port(op_a, side_a, i), self.port(op_b, side_b, j), force=True)
+        for op in graph.ops:
+            if not self.light[op.id]:
+                continue
+            for index, value in enumerate(op.operands):
+                if value != NO_VALUE and self.follows(op, value):
+                    producer = graph.values[value].producer
+                    result = graph.ops[producer].results.index(value)
+                    self.unify(self.dims[producer][1][result], self.dims[op.id][0][index])
+        self.join_reductions()
+        return self.collect()
+
+    def port(self, op: int, side: str, index: int) -> list[list[int]]:
+        return self.dims[op][0 if side == "operand" else 1][index]
+
+    def follows(self, op: Op, value: int) -> bool:
+        """Whether an op takes over the sharding of the value that it reads."""
+        graph = self.graph
+        producer = graph.ops[graph.values[value].producer]
+        if graph.values[value].constant or op.kind == "result":
+            return False
+        if op.kind == "enter":
+            # A slice of a stacked array is sharded like the whole; what else enters may be resharded outside.
+            return op.operands != () and len(op.rule.operands[0]) > len(op.rule.results[0])
+        if producer.kind == "argument":
+            # An array that is read in several places keeps a sharding of its own (ZeRO needs that freedom).
+            return len(self.consumers[value]) == 1
+        return self.light[producer.id]
+
+    def join_reductions(self) -> None:
+        """A reduction whose result comes back to its operand's region (mean, max, norm) belongs to it."""
+        for op in self.graph.ops:
+            if not is_reduction(op) or op.operands[0] == NO_VALUE or len(op.results) != 1:
+                continue
+            value = self.graph.values[op.operands[0]]
+            producer = self.graph.ops[value.producer]
+            if value.constant or producer.kind == "argument" or not self.light[producer.id]:
+                continue
+            source = self.dims[producer.id][1][producer.results.index(value.id)]
+            readers = [self.dims[c][0][i] for c, i in self.consumers[op.results[0]] if self.light[c]]
+            mine = {self.factors.find(a) for dim in source for a in dim}
+            theirs = {self.factors.find(a) for dims in readers for dim in dims for a in dim}
+            if theirs & mine or (theirs and mine and self.component(mine) & self.component(theirs)):
+                self.unify(source, self.dims[op.id][0][0])
+                for dims in readers:
+                    self.unify(self.dims[op.id][1][0], dims)
+
+    def component(self, atoms: Iterable[int]) -> set[int]:
+        """The ops whose values these atoms index."""
+        return {op for a in atoms for op, _ in self.where.get(a, ())}
+
+    def unify(self, a: list[list[int]], b: list[list[int]], *, force: bool = False) -> None:
+        """Joins two views of one value, dimension by dimension, wherever that is sound."""
+        factors = self.factors
+        for left, right in zip(a, b, strict=True):
+            xs, ys = factors.leaves(left), factors.leaves(right)
+            if [factors.size(x) for x in xs] != [factors.size(y) for y in ys]:
+                if force:
+                    factors.unify(left, right)
+                continue
+            for x, y in zip(xs, ys, strict=True):
+                if x == y:
+                    continue
+                splittable = (factors.kind(x) ^ factors.kind(y)) & (NEED_REPLICATION | PERMUTATION) == 0
+                small, large = sorted((self.where.get(x, set()), self.where.get(y, set())), key=len)
+                if force or (splittable and small.isdisjoint(large)):
+                    factors.merge(x, y)
+                    large |= small
+                    self.where.pop(x, None), self.where.pop(y, None)
+                    self.where[factors.find(x)] = large
+
+    def reduced(self, op: Op) -> Iterable[int]:
+        """The atoms of an op's reduction factors."""
+        if op.rule.reduction:
+            for value, dims in zip(op.rule.operands, self.dims[op.id][0], strict=True):
+                for dim, atoms in zip(value, dims, strict=True):
+                    factors = [f for f in dim if op.rule.sizes[f] > 1]
+                    for factor, atom in zip(factors, atoms, strict=True):
+                        if factor in op.rule.reduction:
+                            yield from self.factors.leaves((atom,))
+
+    def collect(self) -> Regions:
+        """Numbers the regions and, within each, its atoms, both in the order of the ops."""
+        graph, factors = self.graph, self.factors
+        owner: dict[int, int] = {}
+        parent: list[int] = list(range(len(graph.ops)))
+
+        def find(op: int) -> int:
+            while parent[op] != op:
+                parent[op] = parent[parent[op]]
+                op = parent[op]
+            return op
+
+        resolved: list[tuple[list[tuple[tuple[int, ...], ...]], list[tuple[tuple[int, ...], ...]]]] = []
+        for op in graph.ops:
+            both = tuple(
+                [tuple(tuple(factors.leaves(dim)) for dim in value) for value in side] for side in self.dims[op.id]
+            )
+            resolved.append((both[0], both[1]))
+            for side in both:
+                for value in side:
+                    for dim in value:
+                        for atom in dim:
+                            other = owner.setdefault(atom, op.id)
+                            a, b = find(op.id), find(other)
+                            if a != b:
+                                parent[max(a, b)] = min(a, b)
+        regions: list[Region] = []
+        numbers: dict[int, int] = {}
+        region_of: list[int] = []
+        local: list[dict[int, int]] = []
+        home: list[Dims] = [()] * len(graph.values)
+        ports: list[tuple[Dims, ...]] = []
+        for op in graph.ops:
+            root = find(op.id)
+            if root not in numbers:
+                numbers[root] = len(regions)
+                regions.append(Region(id=len(regions)))
+                local.append({})
+            region, names = regions[numbers[root]], local[numbers[root]]
+
+            def name(value: tuple[tuple[int, ...], ...], names: dict[int, int] = names) -> Dims:
+                return tuple(tuple(names.setdefault(a, len(names)) for a in dim) for dim in value)
+
+            operands = tuple(name(v) for v in resolved[op.id][0])
+            results = tuple(name(v) for v in resolved[op.id][1])
+            reduced = tuple(dict.fromkeys(names[leaf] for leaf in self.reduced(op)))
+            region.ops.append(op.id)
+            region.dims.append(OpDims(operands=operands, results=results, reduced=reduced))
+            region_of.append(region.id)
+            ports.append(operands)
+            for value, dims in zip(op.results, results, strict=True):
+                home[value] = dims
+        for region, names in zip(regions, local, strict=True):
+            region.sizes = tuple(factors.size(a) for a in names)
+            twice = _indexed_twice(region)
+            region.kinds = tuple(
+                factors.kind(a) | (NEED_REPLICATION if n in twice else 0) for a, n in names.items()
+            )
+            region.solo = len(region.ops) == 1 and not self.light[region.ops[0]]
+        edges = [
+            Edge(
+                value=value,
+                source=region_of[graph.values[value].producer],
+                source_dims=home[value],
+                target=region_of[op.id],
+                target_dims=ports[op.id][index],
+                op=op.id,
+                operand=index,
+            )
+            for op in graph.ops
+            for index, value in enumerate(op.operands)
+            if value != NO_VALUE
+            and graph.values[value].shape
+            and not graph.values[value].constant
+            and (region_of[graph.values[value].producer], home[value]) != (region_of[op.id], ports[op.id][index])
+        ]
+        return Regions(graph=graph, regions=regions, region_of=region_of, home=home, edges=edges)
+
+
+def _indexed_twice(region: Region) -> set[int]:
+    """Atoms that index two dimensions of one value, which no mesh axis can split."""
+    twice: set[int] = set()
+    for dims in region.dims:
+        for value in dims.operands + dims.results:
+            flat = [a for dim in value for a in dim]
+            if len(flat) != len(set(flat)):
+                twice |= {a for a in flat if flat.count(a) > 1}
+    return twice

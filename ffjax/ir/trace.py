@@ -1,0 +1,191 @@
+"""From a function of pytrees to a `Program`: one flat jaxpr, with a path for every argument and result."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_structure
+
+from ffjax.errors import TraceError
+from ffjax.ir.compat import Jaxpr
+from ffjax.ir.inline import Array, inline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaf:
+    """One array of the arguments or the results: where it is in the pytree, and what it is."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    root: str
+    """The argument, or the element of the result, that it is part of."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Program:
+    """A traced step. The jaxpr's arguments are `closures` first, then the leaves of the arguments."""
+
+    name: str
+    jaxpr: Jaxpr
+    closures: tuple[Array, ...]
+    args: tuple[Leaf, ...]
+    results: tuple[Leaf, ...]
+    in_tree: PyTreeDef
+    out_tree: PyTreeDef
+    donated: tuple[bool, ...]
+    ties: tuple[tuple[int, int], ...]
+    """Pairs (argument leaf, result leaf) where the result is the next step's argument."""
+
+
+def trace(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    static_argnums: tuple[int, ...] = (),
+    donate_argnums: tuple[int, ...] = (),
+) -> Program:
+    """Traces `fn` at its arguments, which may be arrays or `jax.ShapeDtypeStruct`.
+
+    Args:
+      fn: any function that `jax.jit` takes.
+      args: positional arguments; those of `static_argnums` are passed as they are.
+      kwargs: keyword arguments, all traced.
+      static_argnums, donate_argnums: as in `jax.jit`; all of them non-negative.
+
+    Raises:
+      TraceError: when the function cannot be traced; says what JAX said and where.
+    """
+    kwargs = kwargs or {}
+    static = set(static_argnums)
+    names = argument_names(fn, len(args))
+    dynamic = [i for i in range(len(args)) if i not in static]
+    flat, in_tree = tree_flatten_with_path(([args[i] for i in dynamic], kwargs))
+    roots = [names[dynamic[path[1].idx]] if path[0].idx == 0 else str(path[1].key) for path, _ in flat]
+    paths = ["/".join(filter(None, (root, _path(path[2:])))) for root, (path, _) in zip(roots, flat, strict=True)]
+    donated_names = {names[i] for i in donate_argnums}
+    fn_name = getattr(fn, "__name__", type(fn).__name__)
+    avals = [abstract(leaf, f"{fn_name}: argument {path}") for (_, leaf), path in zip(flat, paths, strict=True)]
+    results: list[tuple[Any, Any]] = []
+    out_tree: list[PyTreeDef] = []
+
+    def flat_fn(*values: Any) -> list[Any]:
+        arguments, keywords = jax.tree.unflatten(in_tree, values)
+        given = iter(arguments)
+        out = fn(*(args[i] if i in static else next(given) for i in range(len(args))), **keywords)
+        results[:] = tree_flatten_with_path(out)[0]
+        out_tree[:] = [tree_structure(out)]
+        return [leaf for _, leaf in results]
+
+    flat_fn.__name__ = fn_name
+    try:
+        closed = jax.jit(flat_fn).trace(*avals).jaxpr
+    except (TypeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        raise TraceError(
+            f"{fn_name} cannot be traced: {type(error).__name__}: {str(error).strip()}\n"
+            "Remedy: make it run under jax.jit first; values that Python must see go into static_argnums."
+        ) from error
+    jaxpr, closures = inline(closed)
+    arg_leaves = tuple(_leaf(path, aval, root) for path, aval, root in zip(paths, avals, roots, strict=True))
+    is_tuple = isinstance(jax.tree.unflatten(out_tree[0], [None] * len(results)), (tuple, list))
+    result_leaves = tuple(
+        _leaf(_path(path), v.aval, _path(path[:1]) if is_tuple else "")
+        for (path, _), v in zip(results, jaxpr.outvars, strict=True)
+    )
+    return Program(
+        name=fn_name,
+        jaxpr=jaxpr,
+        closures=closures,
+        args=arg_leaves,
+        results=result_leaves,
+        in_tree=in_tree,
+        out_tree=out_tree[0],
+        donated=tuple(leaf.root in donated_names for leaf in arg_leaves),
+        ties=find_ties(arg_leaves, result_leaves, donated_names),
+    )
+
+
+def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+    """The names of the first `count` positional parameters; `arg3` where there is no name."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [positional[i] if i < len(positional) else f"arg{i}" for i in range(count)]
+
+
+def abstract(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an argument, without its placement (the plan decides that)."""
+    try:
+        aval = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+    except (TypeError, AttributeError) as error:
+        raise TraceError(
+            f"{what} is {type(leaf).__name__}, which is no array. Remedy: pass it through static_argnums, "
+            "or make it a pytree of arrays."
+        ) from error
+
+
+def find_ties(
+    args: Sequence[Leaf], results: Sequence[Leaf], donated: set[str]
+) -> tuple[tuple[int, int], ...]:
+    """Pairs each result with the argument that it replaces in the next step.
+
+    An element of the result replaces the argument with which it shares most leaves (same path inside,
+    same shape and dtype); a step that returns its arguments in order is the tie-break. A leaf that
+    differs (a counter that changes type, a field that appears) is simply not paired.
+    """
+
+    def inside(leaf: Leaf, root: str) -> str:
+        return leaf.path[len(root) :].lstrip("/") if leaf.path.startswith(root) else leaf.path
+
+    def keys(leaves: Sequence[Leaf]) -> dict[str, dict[tuple[object, ...], int]]:
+        roots: dict[str, dict[tuple[object, ...], int]] = {}
+        for index, leaf in enumerate(leaves):
+            roots.setdefault(leaf.root, {})[(inside(leaf, leaf.root), leaf.shape, leaf.dtype)] = index
+        return roots
+
+    arg_roots, result_roots = keys(args), keys(results)
+    shared: Counter[tuple[str, str]] = Counter()
+    for a, arg_leaves in arg_roots.items():
+        for r, result_leaves in result_roots.items():
+            shared[a, r] = len(arg_leaves.keys() & result_leaves.keys())
+    order = {name: i for i, name in enumerate(arg_roots)}
+    taken: set[str] = set()
+    ties: list[tuple[int, int]] = []
+    for (a, r), count in sorted(shared.items(), key=lambda e: (e[0][0] not in donated, -e[1], order[e[0][0]])):
+        if count == 0 or a in taken or r in taken:
+            continue
+        # A lone scalar that looks like another (a loss like a step count) is no state.
+        if a not in donated and count == 1 and all(args[i].shape == () for i in arg_roots[a].values()):
+            continue
+        taken |= {a, r}
+        ties += [(arg_roots[a][key], result_roots[r][key]) for key in arg_roots[a].keys() & result_roots[r].keys()]
+    return tuple(sorted(ties))
+
+
+def _path(path: Sequence[Any]) -> str:
+    return keystr(tuple(path), simple=True, separator="/")
+
+
+def _leaf(path: str, aval: Any, root: str) -> Leaf:
+    return Leaf(path=path, shape=tuple(aval.shape), dtype=str(aval.dtype), root=root)
+
+
+def nbytes(shape: Sequence[int], dtype: Any) -> float:
+    """Bytes of an array; a typed PRNG key counts its underlying words."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return float(np.prod(shape, dtype=np.float64)) * float(np.prod(dtype._impl.key_shape)) * 4
+    itemsize = 0.5 if "int4" in str(dtype) else np.dtype(dtype).itemsize
+    return float(np.prod(shape, dtype=np.float64)) * itemsize

@@ -1,0 +1,1 @@
+"""Candidate shardings, the named expert strategies, and the search among them (`ffjax.strategies`)."""

@@ -1,0 +1,130 @@
+"""The three trees are one import package, whole in the wheel, and know each other one way only."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ffjax
+
+ROOT = Path(__file__).resolve().parent.parent
+TREES = {"ffjax": "ffjax", "cost": "ffjax/cost", "strategies": "ffjax/strategies"}
+"""Each source tree and where it is installed."""
+
+
+def source_files() -> dict[Path, str]:
+    """Each file of the package, and its place in a wheel."""
+    return {
+        path: f"{installed}/{path.relative_to(ROOT / tree).as_posix()}"
+        for tree, installed in TREES.items()
+        for path in sorted((ROOT / tree).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Calls the build backend as a frontend would, but in this environment, so that no network is needed."""
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    out.mkdir()
+    command = [sys.executable, "-c", code, str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stderr}\nis this environment from `pip install -e '.[test]'`?"
+    return out / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The wheel of the sdist of a clean copy: what a release would be."""
+    tmp = tmp_path_factory.mktemp("build")
+    for tree in TREES:
+        shutil.copytree(ROOT / tree, tmp / "copy" / tree, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp / "copy")
+    with tarfile.open(build("sdist", tmp / "copy", tmp / "sdist")) as sdist:
+        sdist.extractall(tmp / "unpacked", filter="data")
+    (unpacked,) = (tmp / "unpacked").iterdir()
+    with zipfile.ZipFile(build("wheel", unpacked, tmp / "wheel")) as archive:
+        yield archive
+
+
+def test_wheel_has_every_module_and_data_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert sorted(names) == sorted(source_files().values()), "mend [tool.setuptools] packages or package-data"
+
+
+def test_wheel_has_license_and_command(wheel: zipfile.ZipFile) -> None:
+    info = {name.split(".dist-info/")[1]: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert "licenses/LICENSE" in info
+    assert "ffjax = ffjax.cli:main" in wheel.read(info["entry_points.txt"]).decode()
+    assert f"Version: {ffjax.__version__}" in wheel.read(info["METADATA"]).decode()
+
+
+def test_installed_command_loads() -> None:
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="ffjax")
+    assert callable(command.load())
+
+
+def test_type_checkers_overlay_points_at_the_trees() -> None:
+    overlay = ROOT / ".typing" / "ffjax"
+    links = {link.name: link.resolve() for link in overlay.iterdir()}
+    assert links == {
+        "__init__.py": ROOT / "ffjax" / "__init__.py",
+        "cost": ROOT / "cost",
+        "strategies": ROOT / "strategies",
+    }
+
+
+def test_folders_of_a_user_are_not_shadowed(tmp_path: Path) -> None:
+    for name in ("cost", "strategies"):
+        (tmp_path / f"{name}.py").write_text("MINE = True\n")
+    code = "import ffjax.cost, ffjax.strategies, cost, strategies; assert cost.MINE and strategies.MINE"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+KNOWS = {
+    "ffjax/ir": {"ffjax.ir"},
+    "ffjax/cost": {"ffjax.ir", "ffjax.cost"},
+    "ffjax/strategies": {"ffjax.ir", "ffjax.cost", "ffjax.strategies"},
+    "ffjax/emit": {"ffjax.ir", "ffjax.emit"},
+}
+"""What a layer may import of ffjax, `ffjax.errors` aside; the top of the package knows all."""
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("layer", KNOWS)
+def test_layers_know_each_other_one_way_only(layer: str) -> None:
+    allowed = {*KNOWS[layer], "ffjax.errors"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path, installed in source_files().items()
+        if installed.startswith(f"{layer}/") and path.suffix == ".py"
+        for line, name in imports(path)
+        if name.split(".")[0] == "ffjax" and not any(f"{name}.".startswith(f"{known}.") for known in allowed)
+    ]
+    assert not wrong
+
+
+def test_the_search_never_sees_jax() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in (ROOT / "strategies").rglob("*.py")
+        for line, name in imports(path)
+        if name.split(".")[0] in ("jax", "jaxlib")
+    ]
+    assert not wrong
