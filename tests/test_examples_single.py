@@ -38,23 +38,22 @@ def shapes(tree):
 
 
 @functools.cache
-def tiny_state(name: str):
-    """A real state of the tiny configuration; kept, so no test may donate it."""
-    module = load(name)
-    return jax.jit(module.init, static_argnums=0)(module.Config.tiny(), jax.random.key(0))
+def initial(name: str, config):
+    """A real state of the configuration; kept, so no test may donate it."""
+    return jax.jit(load(name).init, static_argnums=0)(config, jax.random.key(0))
 
 
-def losses(module: ModuleType, config, steps: int, distinct: int) -> list[float]:
+def losses(name: str, config, steps: int, distinct: int) -> list[float]:
     """The loss of each step over `distinct` batches, taken in turn."""
+    module = load(name)
     data = itertools.cycle(list(itertools.islice(module.batches(config), distinct)))
     found = []
-    if module.__name__.endswith("convnet"):
+    if name == "convnet":
         state = module.init(config, jax.random.key(0))
         step = nnx.jit(module.make_train_step(config))
         found = [float(step(*state, batch)["loss"]) for batch in itertools.islice(data, steps)]
     else:
-        tiny = config == module.Config.tiny()
-        state = tiny_state(module.__name__.rpartition("_")[2]) if tiny else module.init(config, jax.random.key(0))
+        state = initial(name, config)
         step = jax.jit(module.make_train_step(config))
         for batch in itertools.islice(data, steps):
             state, metrics = step(state, batch)
@@ -64,8 +63,7 @@ def losses(module: ModuleType, config, steps: int, distinct: int) -> list[float]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_falls(name: str) -> None:
-    module = load(name)
-    found = losses(module, module.Config.tiny(), steps=24, distinct=4)
+    found = losses(name, load(name).Config.tiny(), steps=24, distinct=4)
     assert np.isfinite(found).all()
     assert np.mean(found[-4:]) < 0.8 * np.mean(found[:4]), found
 
@@ -75,7 +73,7 @@ def test_example_args_are_the_real_arguments(name: str) -> None:
     module = load(name)
     config = module.Config.tiny()
     *example_state, example_batch = module.example_args(config)
-    state = module.init(config, jax.random.key(0)) if name == "convnet" else tiny_state(name)
+    state = module.init(config, jax.random.key(0)) if name == "convnet" else initial(name, config)
     assert shapes(tuple(example_state)) == shapes(state if len(example_state) > 1 else (state,))
     batch = next(module.batches(config))
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch))
@@ -146,16 +144,15 @@ def test_gpt_scan_and_remat_change_no_numbers(scan_layers: bool, remat: bool) ->
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dropout": 0.1, "tied_head": True}], ids=str)
 def test_gpt_options_learn(options: dict[str, object]) -> None:
-    gpt = load("gpt")
-    config = dataclasses.replace(gpt.Config.tiny(), scan_layers=True, **options)
-    found = losses(gpt, config, steps=16, distinct=2)
+    config = dataclasses.replace(load("gpt").Config.tiny(), scan_layers=True, **options)
+    found = losses("gpt", config, steps=16, distinct=2)
     assert np.mean(found[-2:]) < 0.8 * np.mean(found[:2]), found
 
 
 def test_gpt_sees_no_later_byte() -> None:
     gpt = load("gpt")
     config = gpt.Config.tiny()
-    state = tiny_state("gpt")
+    state = initial("gpt", config)
     tokens = next(gpt.batches(config))["inputs"][:1]
     changed = tokens.copy()
     changed[:, 20:] += 1

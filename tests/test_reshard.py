@@ -42,9 +42,7 @@ def all_specs(mesh: MeshShape, rank: int) -> list[Spec]:
     return sorted(found)
 
 
-def shardy(
-    pairs: Sequence[tuple[Spec, Spec]], mesh: MeshShape, shape: tuple[int, ...]
-) -> list[tuple[Collective, ...]]:
+def shardy(pairs: Sequence[tuple[Spec, Spec]], mesh: MeshShape, shape: tuple[int, ...]) -> list[tuple[Collective, ...]]:
     """What Shardy makes of each resharding of an f32 tensor; each stands at a line of its own."""
 
     def text(spec: Spec) -> str:
@@ -52,8 +50,12 @@ def shardy(
 
     tensor = "tensor<" + "".join(f"{n}x" for n in shape) + "f32>"
     axes = ", ".join(f'"{a}"={n}' for a, n in zip(mesh.axes, mesh.sizes, strict=True))
-    arguments = ", ".join(f"%a{i}: {tensor} {{sdy.sharding = #sdy.sharding{text(s)}}}" for i, (s, _) in enumerate(pairs))
-    body = "\n".join(f'%{i} = sdy.reshard %a{i} {text(t)} : {tensor} loc("pair":{i}:0)' for i, (_, t) in enumerate(pairs))
+    arguments = ", ".join(
+        f"%a{i}: {tensor} {{sdy.sharding = #sdy.sharding{text(s)}}}" for i, (s, _) in enumerate(pairs)
+    )
+    body = "\n".join(
+        f'%{i} = sdy.reshard %a{i} {text(t)} : {tensor} loc("pair":{i}:0)' for i, (_, t) in enumerate(pairs)
+    )
     results = ", ".join(f"%{i}" for i in range(len(pairs)))
     types = ", ".join([tensor] * len(pairs))
     module = f"""module {{

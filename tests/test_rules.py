@@ -1,0 +1,143 @@
+"""Each op sharding rule against XLA's partitioner: the golden text, and every factor split on devices.
+
+A factor is proved by running its equation with that factor split in two and nothing else: the compiled
+program may only communicate as the factor's kind says, and must compute what the whole one does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pathlib
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ffjax.ir import compat
+from ffjax.ir.compat import JaxprEqn, Literal
+from ffjax.ir.equation_rules import rules_for
+from ffjax.ir.inline import inline
+from ffjax.ir.rules import DimFactors, OpShardingRule
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from rule_cases import CASES, Case  # noqa: E402
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "rules.txt"
+ALLOWED = {
+    "pass-through": frozenset(),
+    "reduction": frozenset({"all-reduce"}),
+    "permutation": frozenset({"collective-permute"}),
+}
+_COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, str]:
+    lines = GOLDEN.read_text().splitlines() if GOLDEN.exists() else []
+    return dict(line.split(": ", 1) for line in lines if line)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+def test_rule(case: Case, golden: dict[str, str]) -> None:
+    eqn, operands = equation(case)
+    (rule,) = rules_for([eqn])
+    assert golden.get(case.name) == str(rule), f"paste into tests/golden/rules.txt:\n{case.name}: {rule}"
+    assert set(case.communicates) <= {letter(rule, f) for f in range(len(rule.sizes))}
+    for factor in range(len(rule.sizes)):
+        prove(case, eqn, operands, rule, factor)
+
+
+def test_every_golden_line_has_a_case(golden: dict[str, str]) -> None:
+    assert sorted(golden) == sorted(case.name for case in CASES)
+
+
+def equation(case: Case) -> tuple[JaxprEqn, list[jax.Array]]:
+    """The case's equation with concrete operands: the equations before it are run."""
+    rng = np.random.default_rng(0)
+    args = [arg.value(rng) for arg in case.args]
+    jaxpr, consts = inline(jax.make_jaxpr(case.fn)(*args))
+    env = dict(zip(jaxpr.invars, [*consts, *args], strict=True))
+    for eqn in jaxpr.eqns:
+        operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        if eqn.primitive.name == case.primitive:
+            return eqn, operands
+        env.update(zip(eqn.outvars, compat.bind(eqn, operands), strict=True))
+    raise AssertionError(f"{case.name} traces to {[e.primitive.name for e in jaxpr.eqns]}")
+
+
+def letter(rule: OpShardingRule, factor: int) -> str:
+    """The factor's name in the rule's text."""
+    sizes = re.search(r"\{([^}]*)\}", str(rule))
+    assert sizes is not None
+    return sizes[1].split(", ")[factor].split("=")[0]
+
+
+def kind(rule: OpShardingRule, factor: int) -> str:
+    if factor in rule.need_replication:
+        return "need-replication"
+    if factor in rule.reduction:
+        return "reduction"
+    return "permutation" if factor in rule.permutation else "pass-through"
+
+
+def splits(rule: OpShardingRule, factor: int) -> dict[int, int] | None:
+    """How many ways each factor is split: the one to prove in two, those major to it wholly.
+
+    A dimension is split from its major end. None: a factor in the way cannot be split.
+    """
+    ways = {factor: 2}
+    todo = [factor]
+    while todo:
+        this = todo.pop()
+        for dim in itertools.chain.from_iterable(rule.operands + rule.results):
+            for major in dim[: dim.index(this)] if this in dim else ():
+                if kind(rule, major) == "need-replication":
+                    return None
+                if ways.get(major) != rule.sizes[major]:
+                    ways[major] = rule.sizes[major]
+                    todo.append(major)
+    return ways
+
+
+def prove(case: Case, eqn: JaxprEqn, operands: list[jax.Array], rule: OpShardingRule, factor: int) -> None:
+    """Runs the equation with the factor split and looks at what XLA did."""
+    ways = None if kind(rule, factor) == "need-replication" else splits(rule, factor)
+    if ways is None:
+        return
+    where = f"{case.name}: {rule}, factor {letter(rule, factor)}"
+    assert rule.sizes[factor] % 2 == 0, f"{where} is odd: choose another shape for the row"
+    devices = math.prod(ways.values())
+    assert devices <= 8, f"{where} needs {devices} devices: choose smaller major factors for the row"
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(*ways.values()), [f"f{f}" for f in ways])
+
+    def sharding(value: DimFactors) -> NamedSharding:
+        axes = [tuple(f"f{f}" for f in dim if f in ways and f not in reduced) for dim in value]
+        return NamedSharding(mesh, PartitionSpec(*(a or None for a in axes)))
+
+    reduced: set[int] = set()
+    inputs = [sharding(v) for v in rule.operands]
+    reduced = set(rule.reduction)
+    outputs = [sharding(v) for v in rule.results]
+    expected = compat.bind(eqn, operands)
+    split = jax.jit(lambda *args: compat.bind(eqn, args), in_shardings=inputs, out_shardings=outputs)
+    compiled = split.lower(*operands).compile()
+    allowed = frozenset().union(*(ALLOWED[kind(rule, f)] for f in ways))
+    allowed |= case.communicates.get(letter(rule, factor), frozenset())
+    found = set(_COLLECTIVE.findall(compiled.as_text()))
+    assert found <= allowed, f"{where}: XLA emits {sorted(found)}\n{compiled.as_text()}"
+    if kind(rule, factor) == "reduction":
+        assert found, f"{where}: XLA emits no collective"
+    placed = [jax.device_put(x, s) for x, s in zip(operands, inputs, strict=True)]
+    for whole, pieces, value in zip(expected, compiled(*placed), rule.results, strict=True):
+        for d, dim in enumerate(value):
+            n = math.prod(ways.get(f, 1) for f in dim if f not in rule.reduction)
+            assert pieces.sharding.shard_shape(pieces.shape)[d] * n == whole.shape[d], f"{where}: pieces of the result"
+        if jax.dtypes.issubdtype(whole.dtype, jax.dtypes.prng_key):
+            whole, pieces = jax.random.key_data(whole), jax.random.key_data(pieces)
+        np.testing.assert_allclose(pieces, whole, rtol=case.tolerance, atol=case.tolerance, err_msg=where)

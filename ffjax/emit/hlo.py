@@ -41,7 +41,9 @@ class CountedCollective:
         return self.count * self.collective.bytes
 
 
-def collectives_of(compiled_or_text: jax.stages.Compiled | str, mesh: MeshShape | None = None) -> list[CountedCollective]:
+def collectives_of(
+    compiled_or_text: jax.stages.Compiled | str, mesh: MeshShape | None = None
+) -> list[CountedCollective]:
     """The collectives of a compiled program, loops multiplied out, in the order of the text.
 
     Args:
@@ -55,24 +57,21 @@ def collectives_of(compiled_or_text: jax.stages.Compiled | str, mesh: MeshShape 
     if text is None:
         raise ValueError(f"{compiled_or_text} has no HLO text; this backend does not give it: pass the text of a dump")
     module = _parse(text)
-    found: list[CountedCollective] = []
-    for computation, count in _reached(module):
-        for line in module.computations[computation]:
-            if (one := _collective(line, module, mesh)) is not None:
-                found.append(CountedCollective(collective=one, count=count, source=_source(line, module)))
-    return found
+    return [
+        CountedCollective(collective=one, count=count, source=_source(line, module))
+        for computation, count in _reached(module)
+        for line in module.computations[computation]
+        if (one := _collective(line, module, mesh)) is not None
+    ]
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """The memory that one device needs to run `compiled`: arguments, results and temporaries, shared ones once."""
     stats = compiled.memory_analysis()
     if stats is None:
-        raise ValueError("the compiled program has no memory analysis; this backend does not give it: use cpu, gpu or tpu")
+        raise ValueError("the compiled program has no memory analysis; compile it for cpu, gpu or tpu")
     return int(
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        + stats.temp_size_in_bytes
-        - stats.alias_size_in_bytes
+        stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes - stats.alias_size_in_bytes
     )
 
 
@@ -104,9 +103,8 @@ def axes_of_pairs(pairs: Iterable[Sequence[int]], mesh: MeshShape) -> tuple[str,
     for source, target in pairs:
         if max(source, target) >= mesh.devices:
             return ()
-        for axis, a, b in zip(mesh.axes, np.unravel_index(source, mesh.sizes), np.unravel_index(target, mesh.sizes), strict=True):
-            if a != b:
-                moved.add(axis)
+        here, there = np.unravel_index(source, mesh.sizes), np.unravel_index(target, mesh.sizes)
+        moved.update(axis for axis, a, b in zip(mesh.axes, here, there, strict=True) if a != b)
     return tuple(a for a in mesh.axes if a in moved)
 
 
@@ -154,7 +152,9 @@ def _groups(line: str, devices: int) -> Groups:
 def _mesh_groups(axes: str, ids: str | None, used: str) -> Groups:
     sizes = {name: int(size) for name, size in re.findall(r"'?([^',=\s]+)'?=(\d+)", axes)}
     # A part of an axis is given by the size of what is major to it and its own: cut the axis at both ends.
-    spans = [(n, int(before or 1), int(before or 1) * int(size or sizes[n])) for n, before, size in _SUB_AXIS.findall(used)]
+    spans = [
+        (n, int(before or 1), int(before or 1) * int(size or sizes[n])) for n, before, size in _SUB_AXIS.findall(used)
+    ]
     segments: list[tuple[str, int, int]] = []
     for name, size in sizes.items():
         marks = sorted({1, size, *(m for n, *ends in spans if n == name for m in ends)})

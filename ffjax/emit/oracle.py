@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeAlias, cast
 
 import jax
 import numpy as np
@@ -52,7 +52,8 @@ _AXES_ATTRIBUTE = {
 }
 _AXIS = re.compile(r'"([^"]+)"(?::\((\d+)\)(\d+))?')
 
-Layout = list[list[Part]]
+Layout: TypeAlias = list[list[Part]]
+Value: TypeAlias = "ir.Value[ir.Type]"
 
 
 def explicit_collectives(lowered: jax.stages.Lowered | str) -> list[CountedCollective]:
@@ -172,7 +173,7 @@ class _Reader:
         dims = [sdy.DimensionShardingAttr(d) for d in sharding.dimension_shardings]
         return [[p for axis in dim.axes for p in _parts(str(axis), mesh)] for dim in dims]
 
-    def layout_of(self, value: ir.Value, mesh: MeshShape | None) -> Layout:
+    def layout_of(self, value: Value, mesh: MeshShape | None) -> Layout:
         """How a value is split, from whatever defines it; not at all if nothing says so."""
         rank = len(ir.RankedTensorType(value.type).shape)
         attribute = _sharding_of(value)
@@ -211,12 +212,12 @@ def trip_count(loop: ir.Operation) -> float:
     return float(max(0, -(-(stop - start) // step)))
 
 
-def _constant(value: ir.Value) -> int | None:
+def _constant(value: Value) -> int | None:
     owner = value.owner
     if isinstance(owner, ir.Block) or owner.operation.name not in ("stablehlo.constant", "sdy.constant"):
         return None
     dense = owner.operation.attributes["value"]
-    return int(np.array(ir.DenseIntElementsAttr(dense)).reshape(-1)[0]) if isinstance(dense, ir.DenseIntElementsAttr) else None
+    return int(np.array(dense).reshape(-1)[0]) if isinstance(dense, ir.DenseIntElementsAttr) else None
 
 
 def _dead_reshards(ops: Sequence[ir.Operation]) -> set[int]:
@@ -231,19 +232,18 @@ def _dead_reshards(ops: Sequence[ir.Operation]) -> set[int]:
     return dead
 
 
-def _sharding_of(value: ir.Value) -> ir.Attribute | None:
+def _sharding_of(value: Value) -> ir.Attribute | None:
     if isinstance(value, ir.BlockArgument):
-        argument = ir.BlockArgument(value)
-        parent, number = argument.owner.owner.operation, argument.arg_number
+        parent, number = value.owner.owner.operation, value.arg_number
         if parent.name == "func.func":
             if "arg_attrs" not in parent.attributes:
                 return None
             attributes = ir.DictAttr(ir.ArrayAttr(parent.attributes["arg_attrs"])[number])
-            return attributes["sdy.sharding"] if "sdy.sharding" in attributes else None
+            return attributes["sdy.sharding"] if "sdy.sharding" in attributes else None  # noqa: SIM401
         if parent.name == "sdy.manual_computation":
             return None  # what is split by hand is already in the type
         return _per_value(parent, "sdy.sharding", number)
-    owner = value.owner.operation
+    owner = cast(ir.OpView, value.owner).operation
     if "out_sharding" in owner.attributes:
         return owner.attributes["out_sharding"]
     name = "out_shardings" if owner.name == "sdy.manual_computation" else "sdy.sharding"
@@ -257,7 +257,7 @@ def _per_value(op: ir.Operation, name: str, number: int) -> ir.Attribute | None:
     return shardings[number] if number < len(shardings) else None
 
 
-def _local_bytes(value: ir.Value, layout: Layout) -> float:
+def _local_bytes(value: Value, layout: Layout) -> float:
     tensor = ir.RankedTensorType(value.type)
     pieces = [math.prod(p.size for p in parts) for parts in layout]
     elements = math.prod(-(-n // k) for n, k in zip(tensor.shape, pieces, strict=True))

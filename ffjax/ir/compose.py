@@ -12,6 +12,7 @@ union-find; an atom is split at most log2(size) times.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 
@@ -305,37 +306,50 @@ def fit(rule: OpShardingRule, operands: Sequence[Sequence[int]], results: Sequen
 
     Shardy gives a factor one size although a slice, pad, window or concatenation has another on its
     other side. A permutation factor gets the greatest common divisor, since that is what can be split
-    evenly on both sides. Any other dimension that disagrees gets a need-replication factor of its own.
-    Factors of size 1 are dropped. A factor that only operands have, and that is no reduction, needs
-    replication: Shardy leaves such factors of irregular reshapes unmarked since it never propagates them.
+    evenly on both sides. Of any other dimension that disagrees, the minor part that does gets a
+    need-replication factor of its own. Factors of size 1 are dropped. A factor that only operands have, and
+    that is no reduction, needs replication: Shardy leaves such factors of irregular reshapes unmarked
+    since it never propagates them.
     """
-    factors = Factors()
-    kinds = kinds_of(rule)
-    made = {f for value in rule.results for dim in value for f in dim}
-    kinds = [k if f in made or k else NEED_REPLICATION for f, k in enumerate(kinds)]
-    sizes = list(rule.sizes)
-    mappings = (*rule.operands, *rule.results)
-    shapes = (*operands, *results)
-    for mapping, shape in zip(mappings, shapes, strict=True):
-        for dim, n in zip(mapping, shape, strict=True):
-            if len(dim) == 1 and kinds[dim[0]] == PERMUTATION:
+    kinds, sizes = kinds_of(rule), list(rule.sizes)
+    dims = [
+        (dim, n)
+        for mapping, shape in zip((*rule.operands, *rule.results), (*operands, *results), strict=True)
+        for dim, n in zip(mapping, shape, strict=True)
+    ]
+    of_results = {f for value in rule.results for dim in value for f in dim}
+    for f, kind in enumerate(kinds):
+        if not kind and f not in of_results:
+            kinds[f] = NEED_REPLICATION
+    lost: set[int] = set()
+    for dim, n in dims:
+        if len(dim) == 1 and sizes[dim[0]] != n:
+            if kinds[dim[0]] == PERMUTATION:
                 sizes[dim[0]] = math.gcd(sizes[dim[0]], n)
-    for mapping, shape in zip(mappings, shapes, strict=True):
-        for dim, n in zip(mapping, shape, strict=True):
-            if math.prod(sizes[f] for f in dim) != n and not (len(dim) == 1 and kinds[dim[0]] == PERMUTATION):
-                for f in dim:
-                    if kinds[f] != PERMUTATION:
-                        kinds[f] |= NEED_REPLICATION
+            else:
+                lost.add(dim[0])
+    lost |= {f for f, size in enumerate(sizes) if size <= 1}
+    factors = Factors()
     atoms = [factors.new(size, kind) for size, kind in zip(sizes, kinds, strict=True)]
 
+    def read_dim(dim: tuple[int, ...], n: int) -> Dim:
+        kept = list(itertools.takewhile(lambda f: f not in lost or rule.sizes[f] == 1, dim))
+        kept = [f for f in kept if f not in lost]
+        if n <= 1:
+            return []
+        rest, remainder = divmod(n, math.prod(sizes[f] for f in kept))
+        if not remainder and rest == 1:
+            return [atoms[f] for f in kept]
+        if len(dim) == 1 and kept and kinds[dim[0]] == PERMUTATION:
+            return [atoms[dim[0]]]
+        if remainder:
+            for f in kept:
+                factors.mark(atoms[f], NEED_REPLICATION)
+            return [factors.new(n, NEED_REPLICATION)]
+        return [*(atoms[f] for f in kept), factors.new(rest, NEED_REPLICATION)]
+
     def value(mapping: DimFactors, shape: Sequence[int]) -> Dims:
-        dims: Dims = []
-        for dim, n in zip(mapping, shape, strict=True):
-            kept = [atoms[f] for f in dim if sizes[f] > 1]
-            agrees = math.prod(map(factors.size, kept)) == n
-            loose = len(dim) == len(kept) == 1 and kinds[dim[0]] == PERMUTATION
-            dims.append(kept if n > 1 and (agrees or loose) else [factors.new(n, NEED_REPLICATION)] if n > 1 else [])
-        return dims
+        return [read_dim(dim, n) for dim, n in zip(mapping, shape, strict=True)]
 
     inputs = [value(m, s) for m, s in zip(rule.operands, operands, strict=True)]
     return factors.read(inputs, [value(m, s) for m, s in zip(rule.results, results, strict=True)])

@@ -19,12 +19,14 @@ from jax.extend.mlir import ir
 
 from ffjax.errors import FfjaxWarning
 from ffjax.ir import compat
-from ffjax.ir.compose import OPAQUE, Composition, Dims, replicated
-from ffjax.ir.extra_rules import adjust, extra_rule
+from ffjax.ir.compose import OPAQUE, Composition, Dims
+from ffjax.ir.extra_rules import adjust, extra_rule, whole
 from ffjax.ir.rules import OpShardingRule
 from ffjax.ir.shardy import RuleReader
 
 Key = Hashable
+
+_WIDE = [np.dtype(name) for name in ("int64", "uint64", "float64", "complex128")]
 
 # Rules are pure functions of their key, so they are kept for the life of the process: a second plan of the
 # same program, or of one with the same layers, lowers nothing.
@@ -61,11 +63,6 @@ def rules_for(eqns: Sequence[JaxprEqn]) -> list[OpShardingRule]:
             stacklevel=2,
         )
     return [_KNOWN[key] for key in keys]
-
-
-def whole(eqn: JaxprEqn) -> OpShardingRule:
-    """The rule under which an equation runs whole on every device."""
-    return replicated([_shape(v) for v in eqn.invars], [_shape(v) for v in eqn.outvars])
 
 
 def _key(eqn: JaxprEqn) -> Key:
@@ -155,7 +152,7 @@ def _lower(eqns: Sequence[JaxprEqn]) -> ir.Module:
             results += compat.bind(eqn, operands)
         return results
 
-    wide = any(np.dtype(a.dtype).itemsize == 8 for a in avals if isinstance(a.dtype, np.dtype))
+    wide = any(a.dtype in _WIDE for a in avals)
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         lowered = jax.jit(body, keep_unused=True).trace(*avals).lower(lowering_platforms=("cpu",))
         module = lowered.compiler_ir("stablehlo")

@@ -1,17 +1,23 @@
 """Sharding rules for the primitives that Shardy has none for, and corrections where XLA does otherwise.
 
-`register_rule` is also the way to give a rule to a primitive of your own.
+`register_rule` is also the way to give a rule to a primitive of your own. The corrections only ever
+take freedom away: a factor that XLA's partitioner is seen to replicate, whatever Shardy's rule says,
+needs replication, so that a plan's costs are those of the program that runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+import jax
+import numpy as np
 from jax.extend.core import JaxprEqn
 
 from ffjax.errors import RuleError
 from ffjax.ir.compose import fit, replicated
 from ffjax.ir.rules import OpShardingRule
+from ffjax.ir.shardy import Shape, each, elementwise, last_replicated
 
 Rule = Callable[[JaxprEqn], OpShardingRule | str]
 Adjustment = Callable[[JaxprEqn, OpShardingRule], OpShardingRule]
@@ -23,7 +29,8 @@ _ADJUSTMENTS: dict[str, Adjustment] = {}
 def register_rule(primitive: str, *, override: bool = False) -> Callable[[Rule], Rule]:
     """Gives a primitive a sharding rule, by name; the rule replaces whatever Shardy would say.
 
-    The function takes the equation and returns an `OpShardingRule` or its text.
+    The function takes the equation and returns an `OpShardingRule` or its text, with one operand for
+    each of the equation's inputs (scalars and literals too) and one result for each of its outputs.
 
     Raises:
       RuleError: when the primitive has one already and `override` is not set.
@@ -38,15 +45,39 @@ def register_rule(primitive: str, *, override: bool = False) -> Callable[[Rule],
     return register
 
 
+def register_adjustment(primitive: str) -> Callable[[Adjustment], Adjustment]:
+    """Corrects Shardy's rule of a primitive: the function takes the equation and that rule.
+
+    Raises:
+      RuleError: when the primitive has one already.
+    """
+
+    def register(adjustment: Adjustment) -> Adjustment:
+        if primitive in _ADJUSTMENTS:
+            raise RuleError(f"primitive {primitive!r} has an adjustment already")
+        _ADJUSTMENTS[primitive] = adjustment
+        return adjustment
+
+    return register
+
+
 def extra_rule(eqn: JaxprEqn) -> OpShardingRule | None:
-    """The registered rule of an equation, if its primitive has one."""
+    """The registered rule of an equation, if its primitive has one.
+
+    Raises:
+      RuleError: when the rule does not fit the equation's inputs and outputs.
+    """
     rule = _RULES.get(eqn.primitive.name)
     if rule is None:
         return None
     found = rule(eqn)
-    if isinstance(found, str):
-        found = OpShardingRule.parse(found)
-    return fit(found, *shapes(eqn))
+    try:
+        return fit(OpShardingRule.parse(found) if isinstance(found, str) else found, *shapes(eqn))
+    except ValueError as error:
+        raise RuleError(
+            f"the sharding rule registered for {eqn.primitive.name!r}, {str(found)!r}, does not fit its inputs and "
+            f"outputs {shapes(eqn)}; write one entry for each input and output, and one for each of its dimensions"
+        ) from error
 
 
 def adjust(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
@@ -55,6 +86,177 @@ def adjust(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     return rule if adjustment is None else adjustment(eqn, rule)
 
 
-def shapes(eqn: JaxprEqn) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """The shapes of an equation's inputs and outputs."""
-    return [tuple(v.aval.shape) for v in eqn.invars], [tuple(v.aval.shape) for v in eqn.outvars]
+def shapes(eqn: JaxprEqn) -> tuple[list[Shape], list[Shape]]:
+    """The shapes of an equation's inputs and outputs; what is no array has none."""
+    return [tuple(getattr(v.aval, "shape", ())) for v in eqn.invars], [
+        tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars
+    ]
+
+
+def whole(eqn: JaxprEqn) -> OpShardingRule:
+    """The rule under which an equation runs whole on every device."""
+    return replicated(*shapes(eqn))
+
+
+def demote(rule: OpShardingRule, factors: Iterable[int]) -> OpShardingRule:
+    """The rule with these factors needing replication."""
+    lost = frozenset(factors)
+    return replace(
+        rule,
+        reduction=rule.reduction - lost,
+        permutation=rule.permutation - lost,
+        need_replication=rule.need_replication | lost,
+    )
+
+
+# --- rules ---------------------------------------------------------------------------------------------------
+
+
+def _elementwise(eqn: JaxprEqn) -> OpShardingRule:
+    return elementwise(*shapes(eqn)) or whole(eqn)
+
+
+# Each lowers to a loop, which Shardy takes for a black box.
+for _name in (
+    "igamma",
+    "igammac",
+    "igamma_grad_a",
+    "regularized_incomplete_beta",
+    "threefry2x32",
+    "threefry4x32",
+    "philox2x32",
+    "philox4x32",
+    "random_fold_in",
+):
+    register_rule(_name)(_elementwise)
+
+
+def _each(eqn: JaxprEqn) -> OpShardingRule:
+    inputs, outputs = shapes(eqn)
+    return each(outputs, inputs)
+
+
+for _name in ("device_put", "sharding_constraint", "reshard", "layout_constraint", "optimization_barrier"):
+    register_rule(_name)(_each)
+
+# Their results depend on where they run, or they have effects: once, on everything.
+for _name in (
+    "pure_callback",
+    "io_callback",
+    "debug_callback",
+    "debug_print",
+    "rng_bit_generator",
+    "rng_uniform",
+    "random_gamma",
+):
+    register_rule(_name)(whole)
+
+
+def _matrix_batch(eqn: JaxprEqn) -> OpShardingRule:
+    """Leading dimensions are a batch of matrices."""
+    return last_replicated(*shapes(eqn), last=2)
+
+
+register_rule("lu")(_matrix_batch)
+
+
+@register_rule("lu_pivots_to_permutation")
+def _vector_batch(eqn: JaxprEqn) -> OpShardingRule:
+    return last_replicated(*shapes(eqn), last=1)
+
+
+@register_rule("random_wrap")
+@register_rule("random_unwrap")
+def _key_data(eqn: JaxprEqn) -> OpShardingRule:
+    """The dimensions that keys have as words on the device stay together."""
+    inputs, outputs = shapes(eqn)
+    return last_replicated(inputs, outputs, batch=min(len(inputs[0]), len(outputs[0])))
+
+
+@register_rule("random_bits")
+@register_rule("random_split")
+def _random(eqn: JaxprEqn) -> OpShardingRule:
+    """Each bit is a function of the key and its own index, so any piece of the result is made in place.
+
+    That is threefry's partitionable form (JAX's default); other generators draw one sequence.
+    """
+    inputs, outputs = shapes(eqn)
+    impl = str(eqn.invars[0].aval.dtype)
+    if "fry" not in impl or not jax.config.jax_threefry_partitionable:
+        return whole(eqn)
+    batch = len(inputs[0])
+    sizes = outputs[0]
+    dims = tuple((d,) for d in range(len(sizes)))
+    return OpShardingRule(operands=(dims[:batch],), results=(dims,), sizes=sizes)
+
+
+@register_rule("iota_2x32_shape")
+def _iota_2x32(eqn: JaxprEqn) -> OpShardingRule:
+    _, outputs = shapes(eqn)
+    dims = tuple((d,) for d in range(len(outputs[0])))
+    return OpShardingRule(operands=(), results=(dims, dims), sizes=outputs[0])
+
+
+# --- corrections ---------------------------------------------------------------------------------------------
+
+
+def _cumulative(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
+    """Shardy takes the window for a halo, but it is the whole axis: XLA gathers it."""
+    return demote(rule, rule.operands[0][eqn.params["axis"]])
+
+
+for _name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
+    register_adjustment(_name)(_cumulative)
+
+
+@register_adjustment("reduce")
+def _reduce(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
+    """XLA cannot all-reduce with a function of the user's; partial results of several operands it gathers."""
+    return demote(rule, rule.reduction) if len(eqn.outvars) == 1 else rule
+
+
+@register_adjustment("reduce_xor")
+@register_adjustment("reduce_and")
+@register_adjustment("reduce_or")
+def _reduce_bits(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
+    """XLA can all-reduce predicates with and/or, but no other bits."""
+    logical = np.dtype(eqn.invars[0].aval.dtype) == np.bool_ and eqn.primitive.name != "reduce_xor"
+    return rule if logical else demote(rule, rule.reduction)
+
+
+@register_adjustment("fft")
+@register_adjustment("top_k")
+def _not_partitioned(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
+    """XLA's partitioner has no case for these: it gathers every dimension, batch dimensions too."""
+    return demote(rule, range(len(rule.sizes)))
+
+
+@register_adjustment("conv_general_dilated")
+def _convolution(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
+    """XLA's partitioner gathers everything for grouped convolutions that are not depthwise.
+
+    Nor can it split the window in the place of the patches, which Shardy allows once there is a device
+    for each patch.
+    """
+    groups, batch_groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
+    numbers = eqn.params["dimension_numbers"]
+    lhs, rhs = (v.aval.shape for v in eqn.invars)
+    depthwise = groups == lhs[numbers.lhs_spec[1]] or batch_groups == lhs[numbers.lhs_spec[0]]
+    if (groups > 1 or batch_groups > 1) and not depthwise:
+        return demote(rule, range(len(rule.sizes)))
+    lost: set[int] = set()
+    for d, dilation in zip(numbers.lhs_spec[2:], eqn.params["rhs_dilation"], strict=True):
+        major, minor = rule.operands[0][d][:1], rule.operands[0][d][1:]
+        lost.update(minor)
+        # The gradient of a strided kernel: there the window is minor to the patches, Shardy has it major.
+        if minor and dilation > 1 and not rule.reduction.issuperset(major):
+            lost.update(major)
+    return demote(rule, lost)
+
+
+@register_adjustment("dynamic_update_slice")
+def _update(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
+    """XLA updates a single row in place; for several it gathers the dimension that they are written along."""
+    operand, update = (v.aval.shape for v in eqn.invars[:2])
+    partial = [d for d, (n, m) in enumerate(zip(operand, update, strict=True)) if 1 < m < n]
+    return demote(rule, (f for d in partial for f in rule.operands[0][d]))

@@ -9,6 +9,7 @@ that pass.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -39,10 +40,14 @@ def reshard(
     >>> reshard(((), ()), (("x",), ()), mesh, 1024.0)
     ()
     """
-    return tuple(Collective(k, axes, local_bytes * times) for k, axes, times in reshard_steps(source, target, mesh, shape))
+    return tuple(
+        Collective(k, axes, local_bytes * times) for k, axes, times in reshard_steps(source, target, mesh, shape)
+    )
 
 
-def reshard_steps(source: Spec, target: Spec, mesh: MeshShape, shape: tuple[int, ...] | None = None) -> tuple[Step, ...]:
+def reshard_steps(
+    source: Spec, target: Spec, mesh: MeshShape, shape: tuple[int, ...] | None = None
+) -> tuple[Step, ...]:
     """As `reshard`, each step's bytes as a multiple of one device's piece under `source`. Cached.
 
     Raises:
@@ -335,11 +340,11 @@ def _cut(part: Part, cuts: Sequence[Part]) -> list[Part]:
         if cut.name == part.name:
             edges |= {e for e in (cut.stride_major, cut.stride_major * cut.size) if part.stride_major < e < end}
     marks = sorted(edges)
-    return [Part(part.name, a, b // a) for a, b in zip(marks, marks[1:], strict=False)]
+    return [Part(part.name, a, b // a) for a, b in itertools.pairwise(marks)]
 
 
 def moved_axes(before: Sequence[Sequence[Part]], after: Sequence[Sequence[Part]]) -> set[str]:
-    """The axes along which a permutation moves pieces: those that do not split the same dimension at the same stride."""
+    """The axes along which a permutation moves pieces: those that split another dimension, or at another stride."""
     old, new = _strides(before), _strides(after)
     return {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
 

@@ -19,7 +19,7 @@ from ffjax.ir.rules import DimFactors, OpShardingRule
 
 _POPULATE = "builtin.module(func.func(sdy-populate-op-sharding-rules))"
 _ATTRIBUTE = "sdy.sharding_rule"
-_CALLS = ("func.call", "call")
+_CALLS = {"func.call": "callee", "call": "callee", "stablehlo.composite": "decomposition"}
 _RETURNS = ("func.return", "return")
 
 # chlo ops that are not elementwise; all its others are, with operands and results of one shape.
@@ -130,7 +130,7 @@ class RuleReader:
                 function.shapes.append(self._shape(value.type))
             attributes = op.attributes
             if name in _CALLS:
-                callee = ir.FlatSymbolRefAttr(attributes["callee"]).value
+                callee = ir.FlatSymbolRefAttr(attributes[_CALLS[name]]).value
                 function.ops.append(Op(operands=operands, results=tuple(results), callee=callee))
                 continue
             shapes = [self._shape(v.type) for v in op.operands], [function.shapes[r] for r in results]
@@ -185,9 +185,9 @@ def read_rule(attribute: ir.Attribute) -> OpShardingRule:
 def _rule_without_shardy(name: str, operands: Sequence[Shape], results: Sequence[Shape]) -> OpShardingRule | None:
     """The rule of an op that Shardy has none for, or None where it is opaque."""
     if name == "stablehlo.iota":
-        return _each(results, ())
+        return each(results, [])
     if name in ("stablehlo.optimization_barrier", "sdy.sharding_constraint"):
-        return _each(results, operands)
+        return each(results, operands)
     if name == "chlo.top_k":
         return last_replicated(operands, results)
     if name.startswith("chlo.") and name not in _NOT_ELEMENTWISE:
@@ -197,24 +197,26 @@ def _rule_without_shardy(name: str, operands: Sequence[Shape], results: Sequence
     return None
 
 
-def _each(results: Sequence[Shape], operands: Sequence[Shape]) -> OpShardingRule:
-    """Operand `i`, if there are any, is result `i`."""
-    values, sizes = [], []
+def each(results: Sequence[Shape], operands: Sequence[Shape]) -> OpShardingRule:
+    """Operand `i` is result `i`; or, without operands, any piece of any result can be made in place."""
+    values: list[DimFactors] = []
+    sizes: list[int] = []
     for shape in results:
         values.append(tuple((len(sizes) + d,) for d in range(len(shape))))
         sizes += shape
-    return fit(
-        OpShardingRule(operands=tuple(values) if operands else (), results=tuple(values), sizes=tuple(sizes)),
-        operands,
-        results,
-    )
+    inputs = tuple(values) if operands else ()
+    return fit(OpShardingRule(operands=inputs, results=tuple(values), sizes=tuple(sizes)), operands, results)
 
 
 def elementwise(operands: Sequence[Shape], results: Sequence[Shape]) -> OpShardingRule | None:
-    """Every operand and result has one shape, or is a scalar; None if that is not so."""
-    shape = max((*operands, *results), key=len)
-    dims = tuple((d,) for d in range(len(shape)))
-    if any(s not in (shape, ()) for s in (*operands, *results)):
+    """Every operand and result has one shape, up to dimensions of size 1, or is a scalar; None if that is not so."""
+    rank = max((len(s) for s in (*operands, *results)), default=0)
+    full = [s for s in (*operands, *results) if len(s) == rank]
+    shape = tuple(map(max, zip(*full, strict=True)))
+    dims = tuple((d,) for d in range(rank))
+    if any(len(s) not in (0, rank) for s in operands) or any(n not in (1, m) for s in full for n, m in zip(s, shape)):
+        return None
+    if any(s != shape for s in results):
         return None
     rule = OpShardingRule(
         operands=tuple(dims[: len(s)] for s in operands), results=tuple(dims[: len(s)] for s in results), sizes=shape

@@ -1,0 +1,60 @@
+"""Assignments: which factor each mesh axis splits. One candidate of one region, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ffjax.ir.regions import Dims, OpDims
+from ffjax.ir.spec import MeshShape, Spec
+
+UNUSED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """For each mesh axis the atom that it splits, and where partial sums over it are scattered.
+
+    `atoms[i]` is `UNUSED` where the region does not use axis i. `scatter[i]` is a dimension of the op's result
+    when axis i splits a reduced atom whose partial sums end up split along that dimension (a reduce-scatter),
+    else `UNUSED` (an all-reduce, or nothing to reduce).
+    """
+
+    atoms: tuple[int, ...]
+    scatter: tuple[int, ...]
+
+    def axes(self, atom: int, mesh: MeshShape) -> tuple[str, ...]:
+        return tuple(name for name, a in zip(mesh.axes, self.atoms, strict=True) if a == atom)
+
+    def partial_axes(self, op: OpDims, mesh: MeshShape) -> tuple[str, ...]:
+        """The axes over which an op's results are partial sums."""
+        return tuple(name for name, a in zip(mesh.axes, self.atoms, strict=True) if a in op.reduced)
+
+
+def spec_of(dims: Dims, sizes: Sequence[int], assignment: Assignment, mesh: MeshShape) -> Spec | None:
+    """The sharding of a value, or None if no PartitionSpec says it.
+
+    In a dimension of several factors a minor one can be split only where the major ones are split wholly.
+    """
+    spec = []
+    for dim in dims:
+        axes: tuple[str, ...] = ()
+        whole = True
+        for atom in dim:
+            here = assignment.axes(atom, mesh)
+            if here and not whole:
+                return None
+            whole = whole and mesh.size(here) == sizes[atom]
+            axes += here
+        spec.append(axes)
+    return tuple(spec)
+
+
+def scattered(spec: Spec, assignment: Assignment, mesh: MeshShape) -> Spec:
+    """The sharding of a result after its partial sums are scattered; unchanged where none are."""
+    if all(d == UNUSED for d in assignment.scatter):
+        return spec
+    return tuple(
+        dim + tuple(name for name, d in zip(mesh.axes, assignment.scatter, strict=True) if d == index)
+        for index, dim in enumerate(spec)
+    )

@@ -1,0 +1,94 @@
+"""The candidates of a region: every way to give each mesh axis one of its factors, or none.
+
+An axis may split any atom that can be split and that it divides; several axes may split one atom. An axis that
+splits a reduced atom leaves partial sums, which are all-reduced, or, where the region is one op, scattered along
+any dimension of its result that divides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
+from ffjax.ir.compose import PERMUTATION
+from ffjax.ir.regions import Region, Regions
+from ffjax.ir.spec import MeshShape, divides
+
+MOST_ATOMS = {0: 1, 1: 32, 2: 9, 3: 6}
+"""How many atoms of a region are considered, the heaviest first, by number of mesh axes."""
+
+Allow = Callable[[Region, int, int], bool]
+"""Whether a strategy lets a region's atom (or `UNUSED`) be split by the axis of this index."""
+
+
+def candidates(regions: Regions, region: Region, mesh: MeshShape, allow: Allow | None = None) -> list[Assignment]:
+    """All assignments of a region, the one that uses no axis first unless it is not allowed."""
+    atoms = considered(regions, region, len(mesh.sizes))
+    single = region.solo and len(region.dims[0].results) == 1
+    reduced = set(region.dims[0].reduced) if region.solo else set()
+    result = region.dims[0].results[0] if single else ()
+    shape = regions.graph.values[regions.graph.ops[region.ops[0]].results[0]].shape if single else ()
+    options: list[list[tuple[int, int]]] = []
+    for axis, size in enumerate(mesh.sizes):
+        own = [(UNUSED, UNUSED)]
+        for atom in atoms:
+            if region.sizes[atom] % size == 0 and size > 1:
+                own.append((atom, UNUSED))
+                if atom in reduced and single:
+                    own += [(atom, dim) for dim, n in enumerate(shape) if n % size == 0]
+        if allow is not None:
+            own = [(a, d) for a, d in own if allow(region, a, axis)] or [(UNUSED, UNUSED)]
+        options.append(own)
+    found = []
+    for choice in itertools.product(*options):
+        assignment = Assignment(tuple(a for a, _ in choice), tuple(d for _, d in choice))
+        if _valid(regions, region, assignment, mesh, reduced, result, shape):
+            found.append(assignment)
+    return found or [Assignment((UNUSED,) * len(mesh.sizes), (UNUSED,) * len(mesh.sizes))]
+
+
+def considered(regions: Regions, region: Region, axes: int) -> list[int]:
+    """The atoms that can be split, those that index most bytes first if there are too many."""
+    atoms = [a for a in range(len(region.sizes)) if region.can_split(a) and not region.kinds[a] & PERMUTATION]
+    limit = MOST_ATOMS.get(axes, 4)
+    if len(atoms) <= limit:
+        return atoms
+    graph = regions.graph
+    weight = dict.fromkeys(atoms, 0.0)
+    for op, dims in zip(region.ops, region.dims, strict=True):
+        values = graph.ops[op].operands + graph.ops[op].results
+        for value, port in zip(values, dims.operands + dims.results, strict=True):
+            if value >= 0:
+                for atom in {a for dim in port for a in dim}:
+                    if atom in weight:
+                        weight[atom] += graph.values[value].bytes * graph.scopes[graph.values[value].scope].trips
+    return sorted(sorted(atoms, key=lambda a: -weight[a])[:limit])
+
+
+def _valid(
+    regions: Regions,
+    region: Region,
+    assignment: Assignment,
+    mesh: MeshShape,
+    reduced: set[int],
+    result: tuple[tuple[int, ...], ...],
+    shape: tuple[int, ...],
+) -> bool:
+    for atom in set(assignment.atoms) - {UNUSED}:
+        if region.sizes[atom] % math.prod(s for s, a in zip(mesh.sizes, assignment.atoms, strict=True) if a == atom):
+            return False
+    if not region.solo:
+        return True
+    dims = region.dims[0]
+    if any(spec_of(v, region.sizes, assignment, mesh) is None for v in dims.operands + dims.results):
+        return False
+    partial = [d for a, d in zip(assignment.atoms, assignment.scatter, strict=True) if a in reduced]
+    if all(d == UNUSED for d in partial):
+        return True
+    # One collective per op: either all partial sums are scattered or none.
+    if any(d == UNUSED for d in partial):
+        return False
+    spec = spec_of(result, region.sizes, assignment, mesh)
+    return spec is not None and divides(shape, scattered(spec, assignment, mesh), mesh)

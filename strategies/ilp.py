@@ -1,0 +1,174 @@
+"""The exact solver: the problem as an integer linear program, solved by HiGHS.
+
+Variables
+    x[n, c]       node n takes candidate c                                      binary
+    e[t, k, r, j] consumer k of transfer t reads it in sharding j, made in r    continuous: integral where x is
+    m[t, r, j]    transfer t is resharded from r to j for at least one consumer
+
+    minimise    sum cost[n][c] x[n, c] + sum seconds_t[r, j] m[t, r, j]
+    subject to  sum_c x[n, c] = 1                                               one candidate each
+                sum_j e[t, k, r, j] = sum_{c: row(c) = r} x[source, c]          made as the source makes it
+                sum_r e[t, k, r, j] = sum_{c: column(c) = j} x[consumer, c]     read as the consumer needs it
+                m[t, r, j] >= e[t, k, r, j]                                     one resharding serves all who need it
+                sum live bytes <= budget                                        at each instant asked for
+
+A transfer with one consumer has m = e. The polytope of e given x is that of a transportation problem, which makes the
+relaxation tight (Alpa, OSDI 2022, section 4.2, linearises the same products pair by pair).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+from ffjax.strategies.problem import Problem
+
+Floats = NDArray[np.float64]
+_SCALE = 1e6
+"""The objective in microseconds: HiGHS's tolerances are absolute."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """A moment of the step at which memory is bounded: bytes per candidate and per copy made for a consumer."""
+
+    node_bytes: Mapping[int, Floats]
+    copy_bytes: Mapping[int, Floats]
+    """By transfer: the bytes of its copy in each column."""
+    fixed_bytes: float
+    budget_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """`choice[n]` is the candidate of node n; `bound_s` is proved to be no more than the optimum."""
+
+    choice: tuple[int, ...]
+    objective_s: float
+    bound_s: float
+    status: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Constraints under construction, in the row-wise form that HiGHS takes."""
+
+    starts: list[int] = field(default_factory=lambda: [0])
+    columns: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    lower: list[float] = field(default_factory=list)
+    upper: list[float] = field(default_factory=list)
+
+    def add(self, columns: Sequence[int], values: Sequence[float], lower: float, upper: float) -> None:
+        self.columns += columns
+        self.values += values
+        self.starts.append(len(self.columns))
+        self.lower.append(lower)
+        self.upper.append(upper)
+
+
+def solve(
+    problem: Problem, *, instants: Sequence[Instant] = (), time_limit_s: float = 60.0, gap: float = 1e-4
+) -> Solution | None:
+    """The best choice of candidates, or None if no choice fits the instants' budgets."""
+    began = time.perf_counter()
+    costs: list[float] = []
+    integral: list[bool] = []
+    upper: list[float] = []
+    rows = _Rows()
+    first: list[int] = []
+    for node in problem.nodes:
+        first.append(len(costs))
+        costs += (node.cost_s * _SCALE).tolist()
+        integral += [len(node.candidates) > 1] * len(node.candidates)
+        upper += [1.0] * len(node.candidates)
+        rows.add(range(first[-1], len(costs)), [1.0] * len(node.candidates), 1.0, 1.0)  # type: ignore[arg-type]
+    moved: list[int] = []
+    for transfer in problem.transfers:
+        n, m = transfer.seconds.shape
+        size = n * m
+        shared = len(transfer.consumers) > 1
+        base = len(costs)
+        moved.append(base)
+        costs += (transfer.seconds * _SCALE).ravel().tolist()
+        integral += [False] * size
+        upper += [1.0] * size
+        for consumer in transfer.consumers:
+            start = base
+            if shared:
+                start = len(costs)
+                costs += [0.0] * size
+                integral += [False] * size
+                upper += [1.0] * size
+                for i in np.flatnonzero(transfer.seconds.ravel() > 0):
+                    rows.add([base + int(i), start + int(i)], [1.0, -1.0], 0.0, highspy.kHighsInf)
+            for r in range(n):
+                made = first[transfer.source] + np.flatnonzero(transfer.row_of == r)
+                cells = range(start + r * m, start + (r + 1) * m)
+                rows.add([*cells, *made.tolist()], [1.0] * m + [-1.0] * len(made), 0.0, 0.0)
+            for j in range(m):
+                needed = first[consumer.node] + np.flatnonzero(consumer.column_of == j)
+                cells = range(start + j, start + size, m)
+                rows.add([*cells, *needed.tolist()], [1.0] * n + [-1.0] * len(needed), 0.0, 0.0)
+    for instant in instants:
+        _bound_memory(problem, instant, rows, first, moved)
+
+    highs = highspy.Highs()
+    highs.silent()
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = len(costs), len(rows.lower)
+    lp.col_cost_ = np.array(costs)
+    lp.col_lower_, lp.col_upper_ = np.zeros(len(costs)), np.array(upper)
+    lp.row_lower_, lp.row_upper_ = np.array(rows.lower), np.array(rows.upper)
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = np.array(rows.starts, dtype=np.int32)
+    lp.a_matrix_.index_ = np.array(rows.columns, dtype=np.int32)
+    lp.a_matrix_.value_ = np.array(rows.values)
+    kinds = (highspy.HighsVarType.kInteger, highspy.HighsVarType.kContinuous)
+    lp.integrality_ = [kinds[0] if i else kinds[1] for i in integral]
+    highs.passModel(lp)
+    highs.setOptionValue("mip_rel_gap", gap)
+    highs.setOptionValue("time_limit", float(time_limit_s))
+    highs.setOptionValue("random_seed", 0)
+    highs.run()
+    status = highs.getModelStatus()
+    info = highs.getInfo()
+    seconds = time.perf_counter() - began
+    if status == highspy.HighsModelStatus.kInfeasible or info.primal_solution_status != 2:
+        return None
+    values = np.array(highs.getSolution().col_value)
+    choice = tuple(
+        int(np.argmax(values[start : start + len(node.candidates)]))
+        for start, node in zip(first, problem.nodes, strict=True)
+    )
+    return Solution(
+        choice=choice,
+        objective_s=info.objective_function_value / _SCALE,
+        bound_s=info.mip_dual_bound / _SCALE,
+        status=highs.modelStatusToString(status).lower(),
+        seconds=seconds,
+    )
+
+
+def _bound_memory(problem: Problem, instant: Instant, rows: _Rows, first: list[int], moved: list[int]) -> None:
+    """Live bytes at one instant, in units of the budget so that the row is well scaled."""
+    columns: list[int] = []
+    values: list[float] = []
+    for node, sizes in instant.node_bytes.items():
+        columns += range(first[node], first[node] + len(sizes))
+        values += (sizes / instant.budget_bytes).tolist()
+    for index, sizes in instant.copy_bytes.items():
+        transfer = problem.transfers[index]
+        n, m = transfer.seconds.shape
+        for r in range(n):
+            for j in range(m):
+                if transfer.rows[r] != transfer.columns[j] and sizes[j] > 0:
+                    columns.append(moved[index] + r * m + j)
+                    values.append(float(sizes[j]) / instant.budget_bytes)
+    rows.add(columns, values, -highspy.kHighsInf, 1.0 - instant.fixed_bytes / instant.budget_bytes)

@@ -1,0 +1,229 @@
+"""The search problem as data: nodes with candidates and costs, transfers with resharding costs.
+
+    minimise   sum over nodes n        cost[n][c_n]
+             + sum over transfers t    sum over distinct targets T of t's consumers  seconds_t[spec(source), T]
+
+A node is a family of regions. A transfer is one value that is made in one sharding and read in others: each sharding
+that some consumer in the same scope needs is made once, however many need it. Costs count all members and all trips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.kernels import Kernel
+from ffjax.cost.region_costs import Splits, compute_seconds, reduction_seconds
+from ffjax.ir.assignment import Assignment, scattered, spec_of
+from ffjax.ir.regions import Dims, Region, Regions
+from ffjax.ir.reshard import reshard_steps
+from ffjax.ir.spec import MeshShape, Spec, shard_count
+from ffjax.strategies.candidates import Allow, candidates
+from ffjax.strategies.families import members
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(slots=True, kw_only=True)
+class Node:
+    """A family: its members' regions, and what each candidate costs for all of them together."""
+
+    key: str
+    regions: list[int]
+    candidates: list[Assignment]
+    compute_s: Floats
+    reduction_s: Floats
+    splits: Splits
+
+    @property
+    def cost_s(self) -> Floats:
+        return self.compute_s + self.reduction_s
+
+
+@dataclass(slots=True, kw_only=True)
+class Consumer:
+    """Who reads a transfer: a node, and for each of its candidates the index of the sharding that it needs."""
+
+    node: int
+    column_of: Ints
+
+
+@dataclass(slots=True, kw_only=True)
+class Transfer:
+    """Values made alike and read alike. `seconds[row, column]`: from a made to a needed sharding, all members."""
+
+    source: int
+    row_of: Ints
+    """For each candidate of the source the index of the sharding that it makes."""
+    consumers: list[Consumer]
+    rows: list[Spec]
+    columns: list[Spec]
+    seconds: Floats
+    bytes: float
+    """Of one whole value."""
+    values: list[tuple[int, int]]
+    """(value, scope) of each member."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Problem:
+    mesh: MeshShape
+    model: CollectiveModel
+    regions: Regions
+    nodes: list[Node]
+    node_of: list[int]
+    """For each region its node."""
+    transfers: list[Transfer] = field(default_factory=list)
+
+
+class ReshardCosts:
+    """Seconds of resharding on one mesh: `alpha + beta * bytes of the whole value`, each pair worked out once."""
+
+    def __init__(self, model: CollectiveModel) -> None:
+        self.model = model
+        self._known: dict[tuple[Spec, Spec], tuple[float, float]] = {}
+
+    def coefficients(self, source: Spec, target: Spec) -> tuple[float, float]:
+        if source == target:
+            return 0.0, 0.0
+        found = self._known.get((source, target))
+        if found is None:
+            alpha = beta = 0.0
+            shards = shard_count(source, self.model.mesh)
+            for kind, axes, multiplier in reshard_steps(source, target, self.model.mesh):
+                a, b = self.model.coefficients(kind, axes)
+                alpha += a
+                beta += b * multiplier / shards
+            found = self._known[source, target] = (alpha, beta)
+        return found
+
+    def matrix(self, rows: Sequence[Spec], columns: Sequence[Spec], count: float, size: float) -> Floats:
+        """`count` reshardings of values of `size` bytes, from each row to each column."""
+        out = np.empty((len(rows), len(columns)))
+        for i, source in enumerate(rows):
+            for j, target in enumerate(columns):
+                alpha, beta = self.coefficients(source, target)
+                out[i, j] = count * (alpha + beta * size)
+        return out
+
+
+def build_problem(
+    regions: Regions,
+    keys: Sequence[str],
+    kernels: Sequence[Kernel],
+    model: CollectiveModel,
+    allow: Allow | None = None,
+) -> Problem:
+    """Puts the program on one mesh. `keys` are the families', `allow` restricts candidates (named strategies)."""
+    mesh = model.mesh
+    by_region: dict[int, list[Kernel]] = {}
+    for kernel in kernels:
+        by_region.setdefault(kernel.region, []).append(kernel)
+    nodes: list[Node] = []
+    node_of = [0] * len(regions.regions)
+    for key, family in members(keys).items():
+        first = regions.regions[family[0]]
+        found = candidates(regions, first, mesh, allow)
+        splits = Splits(first, found, model)
+        count = len(family)
+        nodes.append(
+            Node(
+                key=key,
+                regions=family,
+                candidates=found,
+                compute_s=count * compute_seconds(by_region.get(first.id, ()), splits, model),
+                reduction_s=count * reduction_seconds(regions, first, found, splits, model),
+                splits=splits,
+            )
+        )
+        for region in family:
+            node_of[region] = len(nodes) - 1
+    problem = Problem(mesh=mesh, model=model, regions=regions, nodes=nodes, node_of=node_of)
+    problem.transfers = _transfers(problem)
+    return problem
+
+
+def source_spec(regions: Regions, region: Region, dims: Dims, candidate: Assignment, mesh: MeshShape) -> Spec:
+    """The sharding in which a region leaves a value: after its reductions and scatters."""
+    spec = spec_of(dims, region.sizes, candidate, mesh)
+    if spec is None:
+        raise ValueError(f"candidate {candidate} of region {region.id} cannot be written as a PartitionSpec")
+    return scattered(spec, candidate, mesh) if region.solo and dims == region.dims[0].results[0] else spec
+
+
+def _transfers(problem: Problem) -> list[Transfer]:
+    regions, mesh, graph = problem.regions, problem.mesh, problem.regions.graph
+    readers: dict[tuple[int, int], set[tuple[int, Dims]]] = {}
+    for edge in regions.edges:
+        scope = graph.ops[edge.op].scope
+        readers.setdefault((edge.value, scope), set()).add((problem.node_of[edge.target], edge.target_dims))
+    # A value read twice in one way is one transfer; members of families that are alike add up.
+    groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    for (value, scope), ports in readers.items():
+        region = regions.region_of[graph.values[value].producer]
+        key = (
+            problem.node_of[region],
+            regions.home[value],
+            graph.values[value].bytes,
+            graph.scopes[scope].trips,
+            tuple(sorted(ports)),
+        )
+        groups.setdefault(key, []).append((value, scope))
+    costs = ReshardCosts(problem.model)
+    specs: dict[tuple[int, Dims, bool], tuple[list[Spec], Ints]] = {}
+
+    def views(node: int, dims: Dims, *, made: bool) -> tuple[list[Spec], Ints]:
+        key = (node, dims, made)
+        if key not in specs:
+            first = regions.regions[problem.nodes[node].regions[0]]
+            listed: dict[Spec, int] = {}
+            index = []
+            for candidate in problem.nodes[node].candidates:
+                if made:
+                    spec = source_spec(regions, first, dims, candidate, mesh)
+                else:
+                    plain = spec_of(dims, first.sizes, candidate, mesh)
+                    assert plain is not None  # candidates are checked against every port
+                    spec = plain
+                index.append(listed.setdefault(spec, len(listed)))
+            specs[key] = (list(listed), np.array(index))
+        return specs[key]
+
+    transfers = []
+    for (node, dims, size, trips, ports), group in groups.items():  # type: ignore[misc]
+        rows, row_of = views(node, dims, made=True)  # type: ignore[has-type]
+        needs = [(n, *views(n, d, made=False)) for n, d in ports]  # type: ignore[has-type]
+        columns = list(dict.fromkeys(spec for _, listed, _ in needs for spec in listed))
+        where = {spec: i for i, spec in enumerate(columns)}
+        consumers = [
+            Consumer(node=n, column_of=np.array([where[s] for s in listed])[index]) for n, listed, index in needs
+        ]
+        seconds = costs.matrix(rows, columns, len(group) * trips, size)  # type: ignore[has-type]
+        transfers.append(
+            Transfer(
+                source=node,  # type: ignore[has-type]
+                row_of=row_of,
+                consumers=consumers,
+                rows=rows,
+                columns=columns,
+                seconds=seconds,
+                bytes=size,  # type: ignore[has-type]
+                values=group,
+            )
+        )
+    return transfers
+
+
+def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
+    """The objective of one choice of candidates, a candidate index for each node."""
+    total = sum(float(n.cost_s[c]) for n, c in zip(problem.nodes, choice, strict=True))
+    for transfer in problem.transfers:
+        row = transfer.row_of[choice[transfer.source]]
+        targets = {int(c.column_of[choice[c.node]]) for c in transfer.consumers}
+        total += float(transfer.seconds[row, list(targets)].sum())
+    return total
