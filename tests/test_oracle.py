@@ -61,8 +61,11 @@ def test_reshards(before: tuple[object, ...], after: tuple[object, ...], expecte
 
 def test_a_dimension_that_does_not_divide_is_rounded_up() -> None:
     found = of(lambda x: jnp.sin(constrain(x, None, "x")), arg((8, 10), "x", None))
-    assert [c.kind for c, _ in found] == ["all_to_all"]
-    assert found[0][0].bytes == 8 * 3 * 4
+    # A result of the program cannot be split unevenly: hence the gather.
+    assert [c for c, _ in found] == [
+        Collective("all_to_all", ("x",), 8 * 3 * 4),
+        Collective("all_gather", ("x",), 8 * 10 * 4),
+    ]
 
 
 def test_scan_multiplies_by_its_trip_count_through_the_function_that_is_its_body() -> None:
@@ -82,8 +85,8 @@ def test_nested_loops_multiply_and_start_where_they_start() -> None:
         return jax.lax.fori_loop(2, 7, lambda _, v: constrain(constrain(v, None, "x"), "x", None), h)
 
     found = of(lambda x: jax.lax.fori_loop(0, 3, lambda _, v: inner(v), x), arg((16, 16), "x", None))
-    assert found
-    assert {count for _, count in found} == {15.0}
+    # The inner loop carries the other sharding than the outer one: two reshards of the outer loop's, too.
+    assert sorted(count for _, count in found) == [3.0, 3.0, 15.0, 15.0]
 
 
 def test_a_loop_without_a_known_end_counts_once() -> None:
@@ -93,7 +96,8 @@ def test_a_loop_without_a_known_end_counts_once() -> None:
         )
 
     found = of(f, arg((16, 16), "x", None))
-    assert [count for c, count in found if c.kind == "all_to_all"] == [1.0, 1.0]
+    assert found
+    assert {count for _, count in found} == {1.0}
 
 
 def test_a_function_counts_at_each_call() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax._src import source_info_util
 from jax._src.interpreters import partial_eval
 from jax.extend import core
@@ -48,10 +49,32 @@ def with_equations(
     return core.Jaxpr((), list(invars), list(outvars), list(eqns), effects, debug_info)
 
 
-def bind(eqn: core.JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.Array]:
+def bind(
+    eqn: core.JaxprEqn, operands: Sequence[jax.Array], params: dict[str, object] | None = None
+) -> list[jax.Array]:
     """Runs or traces an equation's primitive on other operands, under the settings that it was traced under."""
-    found = eqn.primitive.get_bind_params(eqn.params)
+    found = eqn.primitive.get_bind_params(eqn.params if params is None else params)
     subfuns, params = found if isinstance(found, tuple) else ((), found)  # a pair before jax 0.10
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def shape_of(var: core.Var | core.Literal) -> tuple[int, ...]:
+    """The shape of an equation's input or output; a token or a reference, which is no array, counts as a scalar."""
+    shape: tuple[int, ...] = getattr(var.aval, "shape", ())
+    return tuple(shape)
+
+
+def dtype_of(var: core.Var | core.Literal) -> np.dtype[np.generic] | None:
+    """Its dtype, which may be an extended one; None for what is no array."""
+    dtype: np.dtype[np.generic] | None = getattr(var.aval, "dtype", None)
+    return dtype
+
+
+_PARTITIONABLE = "jax_threefry_partitionable"
+
+
+def threefry_is_partitionable() -> bool:
+    """Whether random bits are functions of the key and their own index, so that any piece can be made in place."""
+    return bool(getattr(jax.config, _PARTITIONABLE))

@@ -175,7 +175,8 @@ class Factors:
 
     def instantiate(self, rule: OpShardingRule) -> tuple[list[Dims], list[Dims]]:
         """Fresh atoms for an op: its operands' and results' dimensions. Factors of size 1 are dropped."""
-        atoms = [self.new(size, kind) if size > 1 else -1 for size, kind in zip(rule.sizes, kinds_of(rule), strict=True)]
+        kinds = kinds_of(rule)
+        atoms = [self.new(size, kind) if size > 1 else -1 for size, kind in zip(rule.sizes, kinds, strict=True)]
 
         def dims(value: DimFactors) -> Dims:
             return [[atoms[f] for f in dim if atoms[f] >= 0] for dim in value]

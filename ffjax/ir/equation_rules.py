@@ -66,7 +66,7 @@ def rules_for(eqns: Sequence[JaxprEqn]) -> list[OpShardingRule]:
 
 
 def _key(eqn: JaxprEqn) -> Key:
-    avals = tuple((v.aval.shape, str(v.aval.dtype)) if _is_array(v) else repr(v.aval) for v in eqn.invars)
+    avals = tuple((compat.shape_of(v), str(compat.dtype_of(v))) for v in eqn.invars)
     params = tuple(eqn.params.items())
     try:
         hash(params)
@@ -89,14 +89,6 @@ class _Same:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other.eqn is self.eqn
-
-
-def _is_array(var: compat.Var | compat.Literal) -> bool:
-    return hasattr(var.aval, "shape") and hasattr(var.aval, "dtype")
-
-
-def _shape(var: compat.Var | compat.Literal) -> tuple[int, ...]:
-    return tuple(var.aval.shape) if _is_array(var) else ()
 
 
 def _lowered_rules(eqns: Sequence[JaxprEqn], unknown: dict[str, tuple[JaxprEqn, str]]) -> list[OpShardingRule]:
@@ -123,8 +115,12 @@ def _lowered_rules(eqns: Sequence[JaxprEqn], unknown: dict[str, tuple[JaxprEqn, 
     composition.settle()
     rules, next_in, next_out = [], 0, 0
     for eqn in eqns:
-        operands = [_logical(composition.values["main", next_in + i], _shape(v)) for i, v in enumerate(eqn.invars)]
-        outputs = [_logical(composition.values[results[next_out + i]], _shape(v)) for i, v in enumerate(eqn.outvars)]
+        operands = [
+            _logical(composition.values["main", next_in + i], compat.shape_of(v)) for i, v in enumerate(eqn.invars)
+        ]
+        outputs = [
+            _logical(composition.values[results[next_out + i]], compat.shape_of(v)) for i, v in enumerate(eqn.outvars)
+        ]
         next_in += len(eqn.invars)
         next_out += len(eqn.outvars)
         leaves = composition.factors.leaves(atom for dims in (*operands, *outputs) for dim in dims for atom in dim)
@@ -141,7 +137,7 @@ def _logical(dims: Dims, shape: tuple[int, ...]) -> Dims:
 
 def _lower(eqns: Sequence[JaxprEqn]) -> ir.Module:
     """All equations in one function, each on arguments of its own."""
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for eqn in eqns for v in eqn.invars]
+    avals = [jax.ShapeDtypeStruct(compat.shape_of(v), compat.dtype_of(v)) for eqn in eqns for v in eqn.invars]
 
     def body(*args: jax.Array) -> list[jax.Array]:
         results: list[jax.Array] = []
@@ -155,5 +151,5 @@ def _lower(eqns: Sequence[JaxprEqn]) -> ir.Module:
     wide = any(a.dtype in _WIDE for a in avals)
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
         lowered = jax.jit(body, keep_unused=True).trace(*avals).lower(lowering_platforms=("cpu",))
-        module = lowered.compiler_ir("stablehlo")
-    return module
+        module: ir.Module = lowered.compiler_ir("stablehlo")
+        return module

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-import jax
-import numpy as np
 from jax.extend.core import JaxprEqn
 
 from ffjax.errors import RuleError
+from ffjax.ir.compat import dtype_of, shape_of, threefry_is_partitionable
 from ffjax.ir.compose import fit, replicated
 from ffjax.ir.rules import OpShardingRule
 from ffjax.ir.shardy import Shape, each, elementwise, last_replicated
@@ -88,9 +87,7 @@ def adjust(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
 
 def shapes(eqn: JaxprEqn) -> tuple[list[Shape], list[Shape]]:
     """The shapes of an equation's inputs and outputs; what is no array has none."""
-    return [tuple(getattr(v.aval, "shape", ())) for v in eqn.invars], [
-        tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars
-    ]
+    return [shape_of(v) for v in eqn.invars], [shape_of(v) for v in eqn.outvars]
 
 
 def whole(eqn: JaxprEqn) -> OpShardingRule:
@@ -181,8 +178,7 @@ def _random(eqn: JaxprEqn) -> OpShardingRule:
     That is threefry's partitionable form (JAX's default); other generators draw one sequence.
     """
     inputs, outputs = shapes(eqn)
-    impl = str(eqn.invars[0].aval.dtype)
-    if "fry" not in impl or not jax.config.jax_threefry_partitionable:
+    if "fry" not in str(dtype_of(eqn.invars[0])) or not threefry_is_partitionable():
         return whole(eqn)
     batch = len(inputs[0])
     sizes = outputs[0]
@@ -220,7 +216,7 @@ def _reduce(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
 @register_adjustment("reduce_or")
 def _reduce_bits(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     """XLA can all-reduce predicates with and/or, but no other bits."""
-    logical = np.dtype(eqn.invars[0].aval.dtype) == np.bool_ and eqn.primitive.name != "reduce_xor"
+    logical = str(dtype_of(eqn.invars[0])) == "bool" and eqn.primitive.name != "reduce_xor"
     return rule if logical else demote(rule, rule.reduction)
 
 
@@ -233,30 +229,31 @@ def _not_partitioned(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
 
 @register_adjustment("conv_general_dilated")
 def _convolution(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
-    """XLA's partitioner gathers everything for grouped convolutions that are not depthwise.
+    """Factors that Shardy splits and XLA's partitioner cannot.
 
-    Nor can it split the window in the place of the patches, which Shardy allows once there is a device
-    for each patch.
+    It gathers everything for grouped convolutions that are not depthwise. In a depthwise one with several
+    output channels per input channel it computes wrong numbers once these are split from each other. And it
+    cannot split the window in the place of the patches, which Shardy allows past one patch per device.
     """
     groups, batch_groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
     numbers = eqn.params["dimension_numbers"]
-    lhs, rhs = (v.aval.shape for v in eqn.invars)
-    depthwise = groups == lhs[numbers.lhs_spec[1]] or batch_groups == lhs[numbers.lhs_spec[0]]
-    if (groups > 1 or batch_groups > 1) and not depthwise:
+    lhs = shape_of(eqn.invars[0])
+    image, kernel, result = rule.operands[0], rule.operands[1], rule.results[0]
+    if groups not in (1, lhs[numbers.lhs_spec[1]]) or batch_groups not in (1, lhs[numbers.lhs_spec[0]]):
         return demote(rule, range(len(rule.sizes)))
-    lost: set[int] = set()
-    for d, dilation in zip(numbers.lhs_spec[2:], eqn.params["rhs_dilation"], strict=True):
-        major, minor = rule.operands[0][d][:1], rule.operands[0][d][1:]
-        lost.update(minor)
-        # The gradient of a strided kernel: there the window is minor to the patches, Shardy has it major.
-        if minor and dilation > 1 and not rule.reduction.issuperset(major):
-            lost.update(major)
+    lost = {f for value in (image, kernel, result) for dim in value for f in dim[1:] if groups * batch_groups > 1}
+    spatial = zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
+    for (d, k, o), dilation in zip(spatial, eqn.params["rhs_dilation"], strict=True):
+        # The gradient of a strided kernel has its patches where a forward convolution has its window.
+        patches = kernel[k] if dilation > 1 else result[o]
+        if len(image[d]) > 1:
+            lost.update(image[d][1:] if image[d][0] in patches else image[d])
     return demote(rule, lost)
 
 
 @register_adjustment("dynamic_update_slice")
 def _update(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     """XLA updates a single row in place; for several it gathers the dimension that they are written along."""
-    operand, update = (v.aval.shape for v in eqn.invars[:2])
+    operand, update = (shape_of(v) for v in eqn.invars[:2])
     partial = [d for d, (n, m) in enumerate(zip(operand, update, strict=True)) if 1 < m < n]
     return demote(rule, (f for d in partial for f in rule.operands[0][d]))

@@ -1,13 +1,14 @@
 """Flattens calls and lifts constants, so that a program is one jaxpr whose inputs are all its arrays.
 
 Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, remat regions without
-a barrier) become plain equations. Loops, branches and remat regions with a barrier stay structured.
+a barrier) become plain equations. Loops, branches and remat regions with a barrier stay structured. Equal equations
+of one body become one, as XLA will make them anyway: what runs once is counted once.
 Arrays that the program closes over, at any depth, become its leading arguments, each once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ class _Body:
         self.eqns: list[JaxprEqn] = []
         self.lifted: dict[int, tuple[Array, Var]] = {}
         self.env: dict[Var, Atom] = {}
+        self.known: dict[object, list[Var]] = {}
         self.invars = [Var(v.aval) for v in jaxpr.invars]
         self.env.update(zip(jaxpr.invars, self.invars, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -84,10 +86,16 @@ class _Body:
                 results = self.call(eqn.params[_CALLS[name]], operands)
             else:
                 params, extra = self.params(eqn)
-                fresh = [Var(v.aval) for v in eqn.outvars]
                 operands = _insert(eqn, operands, extra)
-                self.eqns.append(eqn.replace(invars=operands, outvars=fresh, params=params))
-                results = fresh
+                key = _identity(eqn, operands)
+                if key is not None and key in self.known:
+                    results = list(self.known[key])
+                else:
+                    fresh = [Var(v.aval) for v in eqn.outvars]
+                    self.eqns.append(eqn.replace(invars=operands, outvars=fresh, params=params))
+                    if key is not None:
+                        self.known[key] = fresh
+                    results = list(fresh)
             env.update(zip(eqn.outvars, results, strict=True))
 
     def call(self, body: Jaxpr | ClosedJaxpr, operands: list[Atom]) -> list[Atom]:
@@ -139,6 +147,21 @@ class _Body:
                 ClosedJaxpr(with_equations(jaxpr, invars=invars, outvars=jaxpr.outvars, eqns=jaxpr.eqns), ())
             )
         return tuple(made), [self.lift(a, aval) for a, aval in shared.values()]
+
+
+def _identity(eqn: JaxprEqn, operands: Sequence[Atom]) -> object | None:
+    """A key that equal equations share; None for those that must all run, or that have bodies."""
+    if eqn.effects or bodies(eqn):
+        return None
+    try:
+        params = tuple(sorted(eqn.params.items()))
+        hash(params)
+    except TypeError:
+        return None
+    atoms = tuple(
+        (str(a.aval), np.asarray(a.val).tobytes()) if isinstance(a, Literal) else id(a) for a in operands
+    )
+    return (eqn.primitive, params, atoms, eqn.ctx.compute_type)
 
 
 def _insert(eqn: JaxprEqn, operands: list[Atom], extra: dict[str, list[Atom]]) -> list[Atom]:

@@ -77,6 +77,8 @@ class Regions:
     regions: list[Region]
     region_of: list[int]
     """For each op its region."""
+    ports: list[OpDims]
+    """For each op its dimensions, in atoms of its region."""
     home: list[Dims]
     """For each value its dimensions, in atoms of its producer's region."""
     edges: list[Edge]
@@ -237,7 +239,7 @@ class _Joiner:
         region_of: list[int] = []
         local: list[dict[int, int]] = []
         home: list[Dims] = [()] * len(graph.values)
-        ports: list[tuple[Dims, ...]] = []
+        ports: list[OpDims] = []
         for op in graph.ops:
             root = find(op.id)
             if root not in numbers:
@@ -253,9 +255,9 @@ class _Joiner:
             results = tuple(name(v) for v in resolved[op.id][1])
             reduced = tuple(dict.fromkeys(names[leaf] for leaf in self.reduced(op)))
             region.ops.append(op.id)
-            region.dims.append(OpDims(operands=operands, results=results, reduced=reduced))
+            ports.append(OpDims(operands=operands, results=results, reduced=reduced))
+            region.dims.append(ports[-1])
             region_of.append(region.id)
-            ports.append(operands)
             for value, dims in zip(op.results, results, strict=True):
                 home[value] = dims
         for region, names in zip(regions, local, strict=True):
@@ -271,7 +273,7 @@ class _Joiner:
                 source=region_of[graph.values[value].producer],
                 source_dims=home[value],
                 target=region_of[op.id],
-                target_dims=ports[op.id][index],
+                target_dims=ports[op.id].operands[index],
                 op=op.id,
                 operand=index,
             )
@@ -280,9 +282,9 @@ class _Joiner:
             if value != NO_VALUE
             and graph.values[value].shape
             and not graph.values[value].constant
-            and (region_of[graph.values[value].producer], home[value]) != (region_of[op.id], ports[op.id][index])
+            and (region_of[graph.values[value].producer], home[value]) != (region_of[op.id], ports[op.id].operands[index])
         ]
-        return Regions(graph=graph, regions=regions, region_of=region_of, home=home, edges=edges)
+        return Regions(graph=graph, regions=regions, region_of=region_of, ports=ports, home=home, edges=edges)
 
 
 def _indexed_twice(region: Region) -> set[int]:

@@ -90,17 +90,15 @@ class RuleReader:
         for op in function.ops:
             operands = [None if v is None else ids[v] for v in op.operands]
             if op.callee:
-                for value, result in zip(op.results, self.compose(into, op.callee, operands), strict=True):
-                    ids[value] = result
+                ids.update(zip(op.results, self.compose(into, op.callee, operands), strict=True))
                 continue
-            for value in op.results:
-                ids[value] = (call, value)
-            results = [ids[v] for v in op.results]
+            results = [(call, v) for v in op.results]
+            ids.update(zip(op.results, results, strict=True))
             if op.rule is not None:
                 into.add(op.rule, operands, results)
                 continue
-            for value, shape in zip(results, (function.shapes[v] for v in op.results), strict=True):
-                into.declare(value, shape, NEED_REPLICATION | OPAQUE)
+            for result, v in zip(results, op.results, strict=True):
+                into.declare(result, function.shapes[v], NEED_REPLICATION | OPAQUE)
             for operand in operands:
                 for dim in into.values[operand] if operand is not None else ():
                     for atom in dim:
@@ -111,7 +109,7 @@ class RuleReader:
         block = func.regions[0].blocks[0]
         arguments = tuple(self._shape(a.type) for a in block.arguments)
         function = Function(arguments=arguments, shapes=list(arguments))
-        numbers: dict[ir.Value, int | None] = {a: i for i, a in enumerate(block.arguments)}
+        numbers: dict[object, int | None] = {a: i for i, a in enumerate(block.arguments)}
         for view in block.operations:
             op = view.operation
             name = op.name
@@ -134,6 +132,7 @@ class RuleReader:
                 function.ops.append(Op(operands=operands, results=tuple(results), callee=callee))
                 continue
             shapes = [self._shape(v.type) for v in op.operands], [function.shapes[r] for r in results]
+            rule: OpShardingRule | None
             if _ATTRIBUTE in attributes:
                 rule = self._read(attributes[_ATTRIBUTE], *shapes, creates=name in _CREATES)
             else:
@@ -155,12 +154,12 @@ class RuleReader:
         key = (attribute, (*operands, *results), creates)
         rule = self._rules.get(key)
         if rule is None:
-            rule = read_rule(attribute)
+            raw = read_rule(attribute)
             if not creates:
-                taken = {f for value in rule.operands for dim in value for f in dim}
-                new = {f for value in rule.results for dim in value for f in dim} - taken
-                rule = replace(rule, need_replication=rule.need_replication | new)
-            rule = self._rules[key] = fit(rule, operands, results)
+                taken = {f for value in raw.operands for dim in value for f in dim}
+                new = {f for value in raw.results for dim in value for f in dim} - taken
+                raw = replace(raw, need_replication=raw.need_replication | new)
+            rule = self._rules[key] = fit(raw, operands, results)
         return rule
 
 
@@ -210,13 +209,11 @@ def each(results: Sequence[Shape], operands: Sequence[Shape]) -> OpShardingRule:
 
 def elementwise(operands: Sequence[Shape], results: Sequence[Shape]) -> OpShardingRule | None:
     """Every operand and result has one shape, up to dimensions of size 1, or is a scalar; None if that is not so."""
-    rank = max((len(s) for s in (*operands, *results)), default=0)
-    full = [s for s in (*operands, *results) if len(s) == rank]
-    shape = tuple(map(max, zip(*full, strict=True)))
-    dims = tuple((d,) for d in range(rank))
-    if any(len(s) not in (0, rank) for s in operands) or any(n not in (1, m) for s in full for n, m in zip(s, shape)):
+    shape = results[0]
+    dims = tuple((d,) for d in range(len(shape)))
+    if any(s != shape for s in results) or any(len(s) not in (0, len(shape)) for s in operands):
         return None
-    if any(s != shape for s in results):
+    if any(n not in (1, m) for s in operands for n, m in zip(s, shape, strict=False)):
         return None
     rule = OpShardingRule(
         operands=tuple(dims[: len(s)] for s in operands), results=tuple(dims[: len(s)] for s in results), sizes=shape

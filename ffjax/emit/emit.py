@@ -1,0 +1,146 @@
+"""From a layout back to a JAX program: the same equations, with a sharding constraint on every value.
+
+The partitioner is left nothing to decide. A value is constrained where it is made; where an op reads it in another
+sharding, a second constraint there makes the resharding explicit, once per body for all who read it so. An op whose
+results are partial sums is constrained first without the axes of the sum (an all-reduce) and, where the plan scatters
+them, then with them (which turns it into a reduce-scatter). Bodies of loops, branches and remat regions are rebuilt
+with their own constraints inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from ffjax.ir import compat
+from ffjax.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from ffjax.ir.graph import Scope
+from ffjax.ir.inline import bodies
+from ffjax.ir.layout import Layout
+from ffjax.ir.spec import Spec
+
+
+def partition_spec(spec: Spec) -> PartitionSpec:
+    """`((), ("x",), ("x", "y"))` as `P(None, "x", ("x", "y"))`."""
+    return PartitionSpec(*(None if not d else d[0] if len(d) == 1 else d for d in spec))
+
+
+def emit(layout: Layout, mesh: Mesh | AbstractMesh) -> Callable[..., tuple[jax.Array, ...]]:
+    """The sharded step as a function of flat arrays: the program's closures, then the leaves of its arguments."""
+    jaxpr = layout.graph.program.jaxpr
+
+    def sharded(*args: jax.Array) -> tuple[jax.Array, ...]:
+        return _Interpreter(layout, mesh).run(jaxpr, args, layout.graph.scopes[0])
+
+    sharded.__name__ = layout.graph.program.name
+    return sharded
+
+
+def in_shardings(layout: Layout, mesh: Mesh | AbstractMesh) -> tuple[NamedSharding, ...]:
+    """Of the program's closures, then of the leaves of its arguments."""
+    graph = layout.graph
+    return tuple(
+        NamedSharding(mesh, partition_spec(layout.home(graph.ops[op].results[0]))) for op in graph.arguments
+    )
+
+
+def out_shardings(layout: Layout, mesh: Mesh | AbstractMesh) -> tuple[NamedSharding, ...]:
+    """Of the leaves of the results."""
+    return tuple(NamedSharding(mesh, partition_spec(layout.operand(op, 0))) for op in layout.graph.outputs)
+
+
+class _Interpreter:
+    def __init__(self, layout: Layout, mesh: Mesh | AbstractMesh) -> None:
+        self.layout = layout
+        self.graph = layout.graph
+        self.mesh = mesh
+        self.copies: dict[tuple[int, Spec], jax.Array] = {}
+        self.env: dict[Var, jax.Array] = {}
+
+    def run(self, jaxpr: Jaxpr, args: Sequence[jax.Array], scope: Scope) -> tuple[jax.Array, ...]:
+        """Evaluates one body, each in an interpreter of its own: copies are not shared across bodies."""
+        self.env.update(zip(jaxpr.invars, args, strict=True))
+        if scope.id:
+            for var in jaxpr.invars:
+                self.env[var] = self.constrain(self.env[var], self.layout.home(self.graph.value_of[var]))
+        for eqn in jaxpr.eqns:
+            with compat.user_context(eqn):
+                results = self.structured(eqn) if bodies(eqn) else self.plain(eqn)
+            self.env.update(zip(eqn.outvars, results, strict=True))
+        exits = scope.exit if scope.id else self.graph.outputs
+        return tuple(self.read(atom, op, 0) for atom, op in zip(jaxpr.outvars, exits, strict=True))
+
+    def constrain(self, array: jax.Array, spec: Spec) -> jax.Array:
+        if not spec:
+            return array
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, partition_spec(spec)))
+
+    def read(self, atom: Var | Literal, op: int, index: int) -> jax.Array:
+        """An operand as its op needs it."""
+        if isinstance(atom, Literal):
+            return atom.val  # type: ignore[no-any-return]
+        value = self.graph.value_of[atom]
+        array = self.env[atom]
+        if self.graph.values[value].constant or not self.graph.values[value].shape:
+            return array
+        spec = self.layout.operand(op, index)
+        if spec == self.layout.home(value):
+            return array
+        if (value, spec) not in self.copies:
+            self.copies[value, spec] = self.constrain(array, spec)
+        return self.copies[value, spec]
+
+    def write(self, array: jax.Array, var: Var, op: int | None) -> jax.Array:
+        """A result as its op leaves it."""
+        value = self.graph.value_of[var]
+        if self.graph.values[value].constant:
+            return array
+        home = self.layout.home(value)
+        partial = self.layout.partial(value)
+        if op is not None and self.layout.partial_axes(op):
+            array = self.constrain(array, partial)
+            return array if home == partial else self.constrain(array, home)
+        return self.constrain(array, home)
+
+    def plain(self, eqn: JaxprEqn) -> list[jax.Array]:
+        op = self.graph.op_of[id(eqn)]
+        operands = [self.read(atom, op, i) for i, atom in enumerate(eqn.invars)]
+        return self.bound(eqn, operands, eqn.params, op)
+
+    def bound(self, eqn: JaxprEqn, operands: Sequence[jax.Array], params: dict[str, object], op: int | None) -> list[jax.Array]:
+        results = compat.bind(eqn, operands, params)
+        return [self.write(array, var, op) for array, var in zip(results, eqn.outvars, strict=True)]
+
+    def structured(self, eqn: JaxprEqn) -> list[jax.Array]:
+        scopes = [self.graph.scopes[s] for s in self.graph.scopes_of[id(eqn)]]
+        rebuilt = [self.body(jaxpr, scope) for jaxpr, scope in zip(bodies(eqn), scopes, strict=True)]
+        params = dict(eqn.params)
+        match eqn.primitive.name:
+            case "scan":
+                params["jaxpr"] = rebuilt[0]
+                enters = scopes[0].enter
+            case "while":
+                params["cond_jaxpr"], params["body_jaxpr"] = rebuilt
+                cond, consts = params["cond_nconsts"], params["body_nconsts"]
+                enters = scopes[0].enter[:cond] + scopes[1].enter[:consts] + scopes[1].enter[consts:]
+            case "cond":
+                params["branches"] = tuple(rebuilt)
+                # Every branch reads the operands; each constrains its own copy inside.
+                operands = [self.env[a] if isinstance(a, Var) else a.val for a in eqn.invars]
+                return self.bound(eqn, operands, params, None)
+            case _:
+                params["jaxpr"] = rebuilt[0].jaxpr
+                enters = scopes[0].enter
+        operands = [self.read(atom, op, 0) for atom, op in zip(eqn.invars, enters, strict=True)]
+        return self.bound(eqn, operands, params, None)
+
+    def body(self, jaxpr: Jaxpr, scope: Scope) -> ClosedJaxpr:
+        """A body with its constraints, traced anew at the same abstract values."""
+        inner = _Interpreter(self.layout, self.mesh)
+        avals = [
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False))
+            for v in jaxpr.invars
+        ]
+        return jax.make_jaxpr(lambda *args: inner.run(jaxpr, args, scope))(*avals)

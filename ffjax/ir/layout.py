@@ -1,0 +1,119 @@
+"""A layout: the program with an assignment for every region, and all that follows from it.
+
+Where each value is made, in which sharding; where it is read in another; which collectives that takes. Memory, the
+estimate and emission all read this one object, so that what is priced is what is emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
+from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.regions import Dims, Regions
+from ffjax.ir.reshard import reshard
+from ffjax.ir.spec import Collective, MeshShape, Spec, shard_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedCollective:
+    """A collective that the plan implies: `count` times in a step, because of this op."""
+
+    collective: Collective
+    count: float
+    op: int
+    value: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Layout:
+    """The program under one plan on one mesh. `assignments` has one entry per region."""
+
+    regions: Regions
+    mesh: MeshShape
+    assignments: Sequence[Assignment]
+    _specs: dict[tuple[int, Dims], Spec] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.regions.graph
+
+    def _spec(self, region: int, dims: Dims) -> Spec:
+        key = (region, dims)
+        found = self._specs.get(key)
+        if found is None:
+            spec = spec_of(dims, self.regions.regions[region].sizes, self.assignments[region], self.mesh)
+            if spec is None:
+                raise ValueError(f"the assignment of region {region} cannot be written as a PartitionSpec")
+            found = self._specs[key] = spec
+        return found
+
+    def partial(self, value: int) -> Spec:
+        """The sharding of a value as its op leaves it, reductions done, before any scatter."""
+        return self._spec(self.regions.region_of[self.graph.values[value].producer], self.regions.home[value])
+
+    def home(self, value: int) -> Spec:
+        """The sharding in which a value is made."""
+        region = self.regions.regions[self.regions.region_of[self.graph.values[value].producer]]
+        return scattered(self.partial(value), self.assignments[region.id], self.mesh) if region.solo else self.partial(value)
+
+    def operand(self, op: int, index: int) -> Spec:
+        """The sharding in which an op reads its operand."""
+        region = self.regions.region_of[op]
+        return self._spec(region, self.regions.ports[op].operands[index])
+
+    def partial_axes(self, op: int) -> tuple[str, ...]:
+        """The mesh axes over which an op's results are partial sums."""
+        region = self.regions.region_of[op]
+        assignment = self.assignments[region]
+        reduced = self.regions.ports[op].reduced
+        return tuple(n for n, a in zip(self.mesh.axes, assignment.atoms, strict=True) if a in reduced)
+
+    def local_bytes(self, value: int, spec: Spec | None = None) -> float:
+        return self.graph.values[value].bytes / shard_count(self.home(value) if spec is None else spec, self.mesh)
+
+    def copies(self) -> Iterator[tuple[int, Spec, int, int]]:
+        """Every resharding: (value, the sharding it is read in, scope, first op that reads it so)."""
+        seen: set[tuple[int, Spec, int]] = set()
+        for op in self.graph.ops:
+            for index, value in enumerate(op.operands):
+                if value == NO_VALUE or self.graph.values[value].constant or not self.graph.values[value].shape:
+                    continue
+                spec = self.operand(op.id, index)
+                if spec != self.home(value) and (value, spec, op.scope) not in seen:
+                    seen.add((value, spec, op.scope))
+                    yield value, spec, op.scope, op.id
+
+    def collectives(self) -> list[PlannedCollective]:
+        """All collectives of a step: reductions of partial sums, and resharding."""
+        graph, mesh = self.graph, self.mesh
+        found: list[PlannedCollective] = []
+        for op in graph.ops:
+            axes = self.partial_axes(op.id)
+            if not axes:
+                continue
+            scatter = self.regions.regions[self.regions.region_of[op.id]].solo and any(
+                d != UNUSED for d in self.assignments[self.regions.region_of[op.id]].scatter
+            )
+            for value in op.results:
+                size = self.local_bytes(value, self.partial(value))
+                kind = Collective("reduce_scatter" if scatter else "all_reduce", axes, size)
+                found.append(
+                    PlannedCollective(collective=kind, count=graph.scopes[op.scope].trips, op=op.id, value=value)
+                )
+        for value, spec, scope, op_id in self.copies():
+            for collective in reshard(self.home(value), spec, mesh, self.local_bytes(value)):
+                found.append(
+                    PlannedCollective(
+                        collective=collective, count=graph.scopes[scope].trips, op=op_id, value=value
+                    )
+                )
+        return found
+
+
+def replicated_layout(regions: Regions, mesh: MeshShape) -> Layout:
+    """The layout that splits nothing."""
+    nothing = Assignment((UNUSED,) * len(mesh.sizes), (UNUSED,) * len(mesh.sizes))
+    return Layout(regions=regions, mesh=mesh, assignments=[nothing] * len(regions.regions))
+
