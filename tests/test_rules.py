@@ -11,15 +11,21 @@ import math
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
+from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ffjax.ir import compat
+from ffjax.errors import FfjaxWarning, RuleError
+from ffjax.ir import compat, equation_rules
 from ffjax.ir.compat import JaxprEqn, Literal
 from ffjax.ir.equation_rules import rules_for
+from ffjax.ir.extra_rules import register_rule
 from ffjax.ir.inline import inline
 from ffjax.ir.rules import DimFactors, OpShardingRule
 
@@ -144,3 +150,70 @@ def prove(case: Case, eqn: JaxprEqn, operands: list[jax.Array], rule: OpSharding
 def data(x: jax.Array) -> np.ndarray:
     """The numbers of an array, of random keys too."""
     return np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+
+def primitive(name: str, *, lowers: bool = False) -> core.Primitive:
+    """A primitive of a user's own, elementwise in fact."""
+    new = core.Primitive(name)
+    new.def_abstract_eval(lambda x: x)
+    if lowers:
+        mlir.register_lowering(new, mlir.lower_fun(jnp.sin, multiple_results=False))
+    return new
+
+
+def equations(fn: Callable[..., object], *shapes: tuple[int, ...]) -> list[JaxprEqn]:
+    return list(jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr.eqns)
+
+
+def test_own_primitive_needs_no_rule_if_it_lowers() -> None:
+    eqns = equations(primitive("own_lowers", lowers=True).bind, (4, 6))
+    assert [str(r) for r in rules_for(eqns)] == ["([i, j])->([i, j]) {i=4, j=6}"]
+
+
+def test_unknown_primitive_runs_whole_with_one_warning_that_names_it_and_its_line() -> None:
+    unknown = primitive("own_unknown")
+    eqns = equations(lambda x, y: (unknown.bind(x) + 1, unknown.bind(y)), (4, 6), (8,))
+    for _ in range(2):  # a second plan in the same process is told too
+        with pytest.warns(FfjaxWarning, match=r"'own_unknown' at .*test_rules.py:\d+ has no sharding rule") as told:
+            rules = rules_for(eqns)
+        assert len(told) == 1
+        assert [str(r) for r in rules] == [
+            "([k, l])->([i, j]) {i=4, j=6, k=4, l=6} need_replication={i, j, k, l}",
+            "([i, j], [])->([i, j]) {i=4, j=6}",
+            "([j])->([i]) {i=8, j=8} need_replication={i, j}",
+        ]
+
+
+def test_registered_rule_is_used_and_checked() -> None:
+    eqns = equations(primitive("own_rule").bind, (4, 6))
+    register_rule("own_rule")(lambda eqn: "([i, j])->([i, j]) {i=4, j=6}")
+    assert [str(r) for r in rules_for(eqns)] == ["([i, j])->([i, j]) {i=4, j=6}"]
+    with pytest.raises(RuleError, match="override=True"):
+        register_rule("own_rule")(lambda eqn: "")
+    register_rule("own_rule", override=True)(lambda eqn: "([i])->([i]) {i=4}")
+    with pytest.raises(RuleError, match="one entry for each input"):
+        rules_for(eqns)
+
+
+def test_what_is_known_is_not_lowered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ w) * 1.25
+
+    before = rules_for(equations(program, (12, 34), (34, 56)))
+    monkeypatch.setattr(equation_rules, "_lower", lambda eqns: pytest.fail("lowered again"))
+    assert rules_for(equations(program, (12, 34), (34, 56))) == before
+
+
+def test_one_equation_that_does_not_lower_costs_the_others_nothing() -> None:
+    unknown = primitive("own_unknown_among_others")
+    eqns = equations(lambda x, w: (jnp.tanh(x), unknown.bind(x), x @ w), (14, 10), (10, 22))
+    with pytest.warns(FfjaxWarning, match="own_unknown_among_others"):
+        rules = rules_for(eqns)
+    assert str(rules[0]) == "([i, j])->([i, j]) {i=14, j=10}"
+    assert str(rules[2]) == "([i, k], [k, j])->([i, j]) {i=14, j=22, k=10} reduction={k}"
+
+
+def test_wide_types() -> None:
+    with jax.enable_x64(True):
+        eqns = list(jax.make_jaxpr(lambda x: x + 1)(jax.ShapeDtypeStruct((4,), jnp.float64)).jaxpr.eqns)
+    assert [str(r) for r in rules_for(eqns)] == ["([i], [])->([i]) {i=4}"]

@@ -49,9 +49,7 @@ def with_equations(
     return core.Jaxpr((), list(invars), list(outvars), list(eqns), effects, debug_info)
 
 
-def bind(
-    eqn: core.JaxprEqn, operands: Sequence[jax.Array], params: dict[str, object] | None = None
-) -> list[jax.Array]:
+def bind(eqn: core.JaxprEqn, operands: Sequence[jax.Array], params: dict[str, object] | None = None) -> list[jax.Array]:
     """Runs or traces an equation's primitive on other operands, under the settings that it was traced under."""
     found = eqn.primitive.get_bind_params(eqn.params if params is None else params)
     subfuns, params = found if isinstance(found, tuple) else ((), found)  # a pair before jax 0.10

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -28,9 +29,17 @@ Key = Hashable
 
 _WIDE = [np.dtype(name) for name in ("int64", "uint64", "float64", "complex128")]
 
-# Rules are pure functions of their key, so they are kept for the life of the process: a second plan of the
-# same program, or of one with the same layers, lowers nothing.
-_KNOWN: dict[Key, OpShardingRule] = {}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    rule: OpShardingRule
+    unknown: str = ""
+    """Why the equation runs whole, if that is not by a rule's choice."""
+
+
+# What Shardy says is a pure function of the key, so it is kept for the life of the process: a second plan of
+# the same program, or of one with the same layers, lowers nothing.
+_KNOWN: dict[Key, _Found] = {}
 
 
 def rules_for(eqns: Sequence[JaxprEqn]) -> list[OpShardingRule]:
@@ -40,29 +49,25 @@ def rules_for(eqns: Sequence[JaxprEqn]) -> list[OpShardingRule]:
     runs whole, and one `FfjaxWarning` per primitive names it and its source line.
     """
     keys = [_key(eqn) for eqn in eqns]
-    new: dict[Key, JaxprEqn] = {}
-    for key, eqn in zip(keys, eqns, strict=True):
-        if key not in _KNOWN:
-            new.setdefault(key, eqn)
-    lowered: dict[Key, JaxprEqn] = {}
-    for key, eqn in new.items():
-        rule = extra_rule(eqn)
-        if rule is None:
-            lowered[key] = eqn
-        else:
-            _KNOWN[key] = rule
-    unknown: dict[str, tuple[JaxprEqn, str]] = {}
-    found = _lowered_rules(list(lowered.values()), unknown)
-    for (key, eqn), rule in zip(lowered.items(), found, strict=True):
-        _KNOWN[key] = adjust(eqn, rule)
-    for name, (eqn, why) in unknown.items():
-        warnings.warn(
-            f"primitive {name!r} at {compat.source_line(eqn)} has no sharding rule ({why}), so it runs replicated on "
-            f"every device; give it one with ffjax.ir.extra_rules.register_rule({name!r})",
-            FfjaxWarning,
-            stacklevel=2,
-        )
-    return [_KNOWN[key] for key in keys]
+    distinct = dict(zip(reversed(keys), reversed(eqns), strict=True))
+    rules = {key: rule for key, eqn in distinct.items() if (rule := extra_rule(eqn)) is not None}
+    lowered = [key for key in distinct if key not in rules]
+    new = [key for key in lowered if key not in _KNOWN]
+    _KNOWN.update(zip(new, _lowered_rules([distinct[key] for key in new]), strict=True))
+    warned: set[str] = set()
+    for key in lowered:
+        eqn, found = distinct[key], _KNOWN[key]
+        rules[key] = found.rule
+        name = eqn.primitive.name
+        if found.unknown and name not in warned:
+            warned.add(name)
+            warnings.warn(
+                f"primitive {name!r} at {compat.source_line(eqn)} has no sharding rule ({found.unknown}), so it runs "
+                f"whole on every device; give it one with ffjax.ir.extra_rules.register_rule({name!r})",
+                FfjaxWarning,
+                stacklevel=2,
+            )
+    return [rules[key] for key in keys]
 
 
 def _key(eqn: JaxprEqn) -> Key:
@@ -91,7 +96,7 @@ class _Same:
         return isinstance(other, _Same) and other.eqn is self.eqn
 
 
-def _lowered_rules(eqns: Sequence[JaxprEqn], unknown: dict[str, tuple[JaxprEqn, str]]) -> list[OpShardingRule]:
+def _lowered_rules(eqns: Sequence[JaxprEqn]) -> list[_Found]:
     """The rules of equations as Shardy has them. Halves the batch until what does not lower stands alone."""
     if not eqns:
         return []
@@ -100,11 +105,9 @@ def _lowered_rules(eqns: Sequence[JaxprEqn], unknown: dict[str, tuple[JaxprEqn, 
     except Exception as error:  # whatever a primitive's own code raises: the plan gets slower, nothing crashes
         if len(eqns) > 1:
             half = len(eqns) // 2
-            return _lowered_rules(eqns[:half], unknown) + _lowered_rules(eqns[half:], unknown)
-        (eqn,) = eqns
+            return _lowered_rules(eqns[:half]) + _lowered_rules(eqns[half:])
         why = str(error).strip().split("\n")[0][:200]
-        unknown.setdefault(eqn.primitive.name, (eqn, f"lowering it alone raised {type(error).__name__}: {why}"))
-        return [whole(eqn)]
+        return [_Found(rule=whole(eqns[0]), unknown=f"lowering it alone raised {type(error).__name__}: {why}")]
     reader = RuleReader(module)
     composition = Composition()
     results = reader.compose(composition)
@@ -113,26 +116,24 @@ def _lowered_rules(eqns: Sequence[JaxprEqn], unknown: dict[str, tuple[JaxprEqn, 
             results[i] = ("constant", i)
             composition.declare(results[i], reader.functions["main"].result_shapes[i])
     composition.settle()
-    rules, next_in, next_out = [], 0, 0
+    values, factors = composition.values, composition.factors
+    sources = iter(range(len(reader.functions["main"].arguments)))
+    targets = iter(results)
+    found = []
     for eqn in eqns:
-        operands = [
-            _logical(composition.values["main", next_in + i], compat.shape_of(v)) for i, v in enumerate(eqn.invars)
-        ]
-        outputs = [
-            _logical(composition.values[results[next_out + i]], compat.shape_of(v)) for i, v in enumerate(eqn.outvars)
-        ]
-        next_in += len(eqn.invars)
-        next_out += len(eqn.outvars)
-        leaves = composition.factors.leaves(atom for dims in (*operands, *outputs) for dim in dims for atom in dim)
-        if any(composition.factors.kind(leaf) & OPAQUE for leaf in leaves):
-            unknown.setdefault(eqn.primitive.name, (eqn, "it lowers to an op that Shardy has no rule for"))
-        rules.append(composition.factors.read(operands, outputs))
-    return rules
+        operands = [_logical(values["main", next(sources)], v) for v in eqn.invars]
+        outputs = [_logical(values[next(targets)], v) for v in eqn.outvars]
+        leaves = factors.leaves(atom for dims in (*operands, *outputs) for dim in dims for atom in dim)
+        if any(factors.kind(leaf) & OPAQUE for leaf in leaves):
+            found.append(_Found(rule=whole(eqn), unknown="it lowers to an op that Shardy has none for"))
+        else:
+            found.append(_Found(rule=adjust(eqn, factors.read(operands, outputs))))
+    return found
 
 
-def _logical(dims: Dims, shape: tuple[int, ...]) -> Dims:
+def _logical(dims: Dims, var: compat.Var | compat.Literal) -> Dims:
     """Without the trailing dimensions that a random key has on the device only."""
-    return dims[: len(shape)]
+    return dims[: len(compat.shape_of(var))]
 
 
 def _lower(eqns: Sequence[JaxprEqn]) -> ir.Module:
