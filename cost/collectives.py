@@ -59,6 +59,13 @@ class CollectiveModel:
             found = self._known[key] = _coefficients(kind, self.group(axes), self.cluster)
         return found
 
+    @property
+    def axis_prices(self) -> tuple[float, ...]:
+        """What a gathered byte costs on each mesh axis, relative to the cheapest."""
+        betas = [self.coefficients("all_gather", (axis,))[1] for axis in self.mesh.axes]
+        least = min((b for b in betas if b > 0), default=1.0)
+        return tuple(max(b / least, 1.0) for b in betas)
+
     def seconds(self, collective: Collective) -> float:
         alpha_s, beta_s_per_byte = self.coefficients(collective.kind, collective.axes)
         return alpha_s + beta_s_per_byte * collective.bytes

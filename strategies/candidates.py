@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
 from ffjax.ir.compose import PERMUTATION
@@ -20,11 +20,15 @@ MOST_ATOMS = {0: 1, 1: 32, 2: 9, 3: 6}
 """How many atoms of a region are considered, the heaviest first, by number of mesh axes."""
 
 Allow = Callable[[Region, int, int], bool]
-"""Whether a strategy lets a region's atom (or `UNUSED`) be split by the axis of this index."""
+"""Whether the axis of this index may split this atom of the region."""
+Keep = Callable[[Region, Sequence[Assignment]], list[Assignment]]
+"""Which of a region's candidates a strategy, or a user's pin, leaves."""
 
 
-def candidates(regions: Regions, region: Region, mesh: MeshShape, allow: Allow | None = None) -> list[Assignment]:
-    """All assignments of a region, the one that uses no axis first unless it is not allowed."""
+def candidates(
+    regions: Regions, region: Region, mesh: MeshShape, allow: Allow | None = None, keep: Keep | None = None
+) -> list[Assignment]:
+    """All assignments of a region that `allow` and `keep` leave; the one that uses no axis first."""
     atoms = considered(regions, region, len(mesh.sizes))
     single = region.solo and len(region.dims[0].results) == 1
     reduced = set(region.dims[0].reduced) if region.solo else set()
@@ -39,14 +43,14 @@ def candidates(regions: Regions, region: Region, mesh: MeshShape, allow: Allow |
                 if atom in reduced and single:
                     own += [(atom, dim) for dim, n in enumerate(shape) if n % size == 0]
         if allow is not None:
-            own = [(a, d) for a, d in own if allow(region, a, axis)] or [(UNUSED, UNUSED)]
+            own = [(a, d) for a, d in own if a == UNUSED or allow(region, a, axis)]
         options.append(own)
     found = []
     for choice in itertools.product(*options):
         assignment = Assignment(tuple(a for a, _ in choice), tuple(d for _, d in choice))
         if _valid(regions, region, assignment, mesh, reduced, result, shape):
             found.append(assignment)
-    return found or [Assignment((UNUSED,) * len(mesh.sizes), (UNUSED,) * len(mesh.sizes))]
+    return keep(region, found) if keep is not None else found
 
 
 def considered(regions: Regions, region: Region, axes: int) -> list[int]:

@@ -96,9 +96,10 @@ def solve(
         shared = len(transfer.consumers) > 1
         base = len(costs)
         moved.append(base)
-        costs += (transfer.seconds * _SCALE).ravel().tolist()
+        possible = np.isfinite(transfer.seconds).ravel()
+        costs += np.where(possible, transfer.seconds.ravel() * _SCALE, 0.0).tolist()
         integral += [False] * size
-        upper += [1.0] * size
+        upper += possible.astype(float).tolist()
         for consumer in transfer.consumers:
             start = base
             if shared:
@@ -106,7 +107,7 @@ def solve(
                 costs += [0.0] * size
                 integral += [False] * size
                 upper += [1.0] * size
-                for i in np.flatnonzero(transfer.seconds.ravel() > 0):
+                for i in np.flatnonzero(transfer.seconds.ravel() > 0):  # infinite ones too: m is bounded by 0 there
                     rows.add([base + int(i), start + int(i)], [1.0, -1.0], 0.0, highspy.kHighsInf)
             for r in range(n):
                 made = first[transfer.source] + np.flatnonzero(transfer.row_of == r)

@@ -20,9 +20,9 @@ from ffjax.cost.kernels import Kernel
 from ffjax.cost.region_costs import Splits, compute_seconds, reduction_seconds
 from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.regions import Dims, Region, Regions
-from ffjax.ir.reshard import reshard_steps
+from ffjax.ir.reshard_chain import reshard_chain
 from ffjax.ir.spec import MeshShape, Spec, shard_count
-from ffjax.strategies.candidates import Allow, candidates
+from ffjax.strategies.candidates import Allow, Keep, candidates
 from ffjax.strategies.families import members
 
 Floats = NDArray[np.float64]
@@ -95,10 +95,12 @@ class ReshardCosts:
         if found is None:
             alpha = beta = 0.0
             shards = shard_count(source, self.model.mesh)
-            for kind, axes, multiplier in reshard_steps(source, target, self.model.mesh):
-                a, b = self.model.coefficients(kind, axes)
-                alpha += a
-                beta += b * multiplier / shards
+            for hop in reshard_chain(source, target, self.model.mesh, None, self.model.axis_prices):
+                if hop.step is not None:
+                    kind, axes, multiplier = hop.step
+                    a, b = self.model.coefficients(kind, axes)
+                    alpha += a
+                    beta += b * multiplier / shards
             found = self._known[source, target] = (alpha, beta)
         return found
 
@@ -118,8 +120,9 @@ def build_problem(
     kernels: Sequence[Kernel],
     model: CollectiveModel,
     allow: Allow | None = None,
+    keep: Keep | None = None,
 ) -> Problem:
-    """Puts the program on one mesh. `keys` are the families', `allow` restricts candidates (named strategies)."""
+    """Puts the program on one mesh. `keys` are the families'; `allow` and `keep` restrict candidates."""
     mesh = model.mesh
     by_region: dict[int, list[Kernel]] = {}
     for kernel in kernels:
@@ -128,7 +131,7 @@ def build_problem(
     node_of = [0] * len(regions.regions)
     for key, family in members(keys).items():
         first = regions.regions[family[0]]
-        found = candidates(regions, first, mesh, allow)
+        found = candidates(regions, first, mesh, allow, keep)
         splits = Splits(first, found, model)
         count = len(family)
         nodes.append(
@@ -217,6 +220,11 @@ def _transfers(problem: Problem) -> list[Transfer]:
             )
         )
     return transfers
+
+
+def assignments(problem: Problem, choice: Sequence[int]) -> list[Assignment]:
+    """For each region the candidate that a choice gives its family."""
+    return [problem.nodes[n].candidates[choice[n]] for n in problem.node_of]
 
 
 def total_seconds(problem: Problem, choice: Sequence[int]) -> float:

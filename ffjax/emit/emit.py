@@ -56,7 +56,7 @@ class _Interpreter:
         self.layout = layout
         self.graph = layout.graph
         self.mesh = mesh
-        self.copies: dict[tuple[int, Spec], jax.Array] = {}
+        self.copies: dict[tuple[int, tuple[Spec, ...]], jax.Array] = {}
         self.env: dict[Var, jax.Array] = {}
 
     def run(self, jaxpr: Jaxpr, args: Sequence[jax.Array], scope: Scope) -> tuple[jax.Array, ...]:
@@ -88,9 +88,13 @@ class _Interpreter:
         spec = self.layout.operand(op, index)
         if spec == self.layout.home(value):
             return array
-        if (value, spec) not in self.copies:
-            self.copies[value, spec] = self.constrain(array, spec)
-        return self.copies[value, spec]
+        way: tuple[Spec, ...] = ()
+        for hop in self.layout.way(value, spec):
+            way += (hop.spec,)
+            if (value, way) not in self.copies:
+                self.copies[value, way] = self.constrain(array, hop.spec)
+            array = self.copies[value, way]
+        return array
 
     def write(self, array: jax.Array, var: Var, op: int | None) -> jax.Array:
         """A result as its op leaves it."""

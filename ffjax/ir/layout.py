@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.regions import Dims, Regions
-from ffjax.ir.reshard import reshard
+from ffjax.ir.reshard_chain import Hop, reshard_chain
 from ffjax.ir.spec import Collective, MeshShape, Spec, shard_count
 
 
@@ -33,6 +33,8 @@ class Layout:
     regions: Regions
     mesh: MeshShape
     assignments: Sequence[Assignment]
+    axis_prices: tuple[float, ...]
+    """What a byte costs on each mesh axis, relative to the others: it decides the way a resharding takes."""
     _specs: dict[tuple[int, Dims], Spec] = field(default_factory=dict)
 
     @property
@@ -102,18 +104,39 @@ class Layout:
                 found.append(
                     PlannedCollective(collective=kind, count=graph.scopes[op.scope].trips, op=op.id, value=value)
                 )
+        # Ways that begin alike share their beginning.
+        moved: set[tuple[int, int, tuple[Spec, ...]]] = set()
         for value, spec, scope, op_id in self.copies():
-            for collective in reshard(self.home(value), spec, mesh, self.local_bytes(value)):
+            local_bytes = self.local_bytes(value)
+            way: tuple[Spec, ...] = ()
+            for hop in self.way(value, spec):
+                way += (hop.spec,)
+                if hop.step is None or (value, scope, way) in moved:
+                    continue
+                moved.add((value, scope, way))
+                kind, step_axes, multiplier = hop.step
                 found.append(
                     PlannedCollective(
-                        collective=collective, count=graph.scopes[scope].trips, op=op_id, value=value
+                        collective=Collective(kind, step_axes, local_bytes * multiplier),
+                        count=graph.scopes[scope].trips,
+                        op=op_id,
+                        value=value,
                     )
                 )
         return found
+
+    def way(self, value: int, spec: Spec) -> tuple[Hop, ...]:
+        """The moves that take a value from its home to another sharding."""
+        return reshard_chain(self.home(value), spec, self.mesh, self.graph.values[value].shape, self.axis_prices)
 
 
 def replicated_layout(regions: Regions, mesh: MeshShape) -> Layout:
     """The layout that splits nothing."""
     nothing = Assignment((UNUSED,) * len(mesh.sizes), (UNUSED,) * len(mesh.sizes))
-    return Layout(regions=regions, mesh=mesh, assignments=[nothing] * len(regions.regions))
+    return Layout(
+        regions=regions,
+        mesh=mesh,
+        assignments=[nothing] * len(regions.regions),
+        axis_prices=(1.0,) * len(mesh.sizes),
+    )
 

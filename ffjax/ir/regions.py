@@ -137,6 +137,7 @@ class _Joiner:
                     result = graph.ops[producer].results.index(value)
                     self.unify(self.dims[producer][1][result], self.dims[op.id][0][index])
         self.join_reductions()
+        self.join_namesakes()
         return self.collect()
 
     def port(self, op: int, side: str, index: int) -> list[list[int]]:
@@ -173,6 +174,55 @@ class _Joiner:
                 self.unify(source, self.dims[op.id][0][0])
                 for dims in readers:
                     self.unify(self.dims[op.id][1][0], dims)
+
+    def join_namesakes(self) -> None:
+        """Joins atoms of one region that are the same dimension of the program but never meet in one value.
+
+        Two computations that share only a small table have a batch each: one mesh axis could not split both.
+        """
+        names = Factors()
+        parts = self.components()
+        atoms = {a for a in self.where if self.factors.find(a) == a}
+        name = {a: names.new(self.factors.size(a)) for a in sorted(atoms)}
+        for op in self.graph.ops:
+            for index, value in enumerate(op.operands):
+                if value == NO_VALUE or self.graph.values[value].constant:
+                    continue
+                producer = self.graph.ops[self.graph.values[value].producer]
+                made = self.dims[producer.id][1][producer.results.index(value)]
+                for left, right in zip(made, self.dims[op.id][0][index], strict=True):
+                    xs, ys = self.factors.leaves(left), self.factors.leaves(right)
+                    if [self.factors.size(x) for x in xs] == [self.factors.size(y) for y in ys]:
+                        for x, y in zip(xs, ys, strict=True):
+                            names.merge(name[x], name[y])
+        alike: dict[tuple[int, int, int], list[int]] = {}
+        for atom in sorted(atoms):
+            key = (parts[min(self.where[atom])[0]], names.find(name[atom]), self.factors.size(atom))
+            alike.setdefault(key, []).append(atom)
+        for group in alike.values():
+            for other in group[1:]:
+                self.unify([[group[0]]], [[other]])
+
+    def components(self) -> list[int]:
+        """For each op the first op of its region: ops that share an atom are in one."""
+        parent = list(range(len(self.graph.ops)))
+        owner: dict[int, int] = {}
+
+        def find(op: int) -> int:
+            while parent[op] != op:
+                parent[op] = parent[parent[op]]
+                op = parent[op]
+            return op
+
+        for op in self.graph.ops:
+            for side in self.dims[op.id]:
+                for value in side:
+                    for dim in value:
+                        for atom in self.factors.leaves(dim):
+                            a, b = find(op.id), find(owner.setdefault(atom, op.id))
+                            if a != b:
+                                parent[max(a, b)] = min(a, b)
+        return [find(op.id) for op in self.graph.ops]
 
     def component(self, atoms: Iterable[int]) -> set[int]:
         """The ops whose values these atoms index."""
@@ -211,29 +261,13 @@ class _Joiner:
     def collect(self) -> Regions:
         """Numbers the regions and, within each, its atoms, both in the order of the ops."""
         graph, factors = self.graph, self.factors
-        owner: dict[int, int] = {}
-        parent: list[int] = list(range(len(graph.ops)))
-
-        def find(op: int) -> int:
-            while parent[op] != op:
-                parent[op] = parent[parent[op]]
-                op = parent[op]
-            return op
-
+        roots = self.components()
         resolved: list[tuple[list[tuple[tuple[int, ...], ...]], list[tuple[tuple[int, ...], ...]]]] = []
         for op in graph.ops:
             both = tuple(
                 [tuple(tuple(factors.leaves(dim)) for dim in value) for value in side] for side in self.dims[op.id]
             )
             resolved.append((both[0], both[1]))
-            for side in both:
-                for value in side:
-                    for dim in value:
-                        for atom in dim:
-                            other = owner.setdefault(atom, op.id)
-                            a, b = find(op.id), find(other)
-                            if a != b:
-                                parent[max(a, b)] = min(a, b)
         regions: list[Region] = []
         numbers: dict[int, int] = {}
         region_of: list[int] = []
@@ -241,7 +275,7 @@ class _Joiner:
         home: list[Dims] = [()] * len(graph.values)
         ports: list[OpDims] = []
         for op in graph.ops:
-            root = find(op.id)
+            root = roots[op.id]
             if root not in numbers:
                 numbers[root] = len(regions)
                 regions.append(Region(id=len(regions)))

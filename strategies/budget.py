@@ -1,0 +1,106 @@
+"""Solving within a memory budget, by adding the instants at which a solution would exceed it.
+
+A linear program over all instants would be as long as the program. Only a few instants ever bind: solve, find the op at
+which most is live, bound memory there, and solve again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ffjax.cost.memory import Lifetimes, Peak, peak
+from ffjax.ir.assignment import UNUSED
+from ffjax.ir.layout import Layout
+from ffjax.ir.regions import Dims
+from ffjax.ir.spec import shard_count
+from ffjax.strategies.ilp import Instant, Solution
+from ffjax.strategies.problem import Problem, assignments
+
+MOST_ROUNDS = 8
+_MARGIN = 0.98
+"""The share of the budget that a new instant may use, so that nearly equal instants next to it fit too."""
+
+Solver = Callable[[Problem, Sequence[Instant]], Solution | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A solution, the memory that it takes, and whether that is within the budget."""
+
+    solution: Solution
+    layout: Layout
+    peak: Peak
+    fits: bool
+
+
+def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:
+    return Layout(
+        regions=problem.regions,
+        mesh=problem.mesh,
+        assignments=assignments(problem, choice),
+        axis_prices=problem.model.axis_prices,
+    )
+
+
+def solve_within(problem: Problem, budget_bytes: float, times: Lifetimes, solver: Solver) -> Fit | None:
+    """The fastest solution that fits, or the one that comes nearest (`fits` is False); None if none was found."""
+    instants: list[Instant] = []
+    nearest: Fit | None = None
+    for _ in range(MOST_ROUNDS):
+        solution = solver(problem, instants)
+        if solution is None:
+            return nearest
+        layout = layout_of(problem, solution.choice)
+        most = peak(layout, times)
+        found = Fit(solution=solution, layout=layout, peak=most, fits=most.bytes <= budget_bytes)
+        if found.fits:
+            return found
+        if nearest is None or most.bytes < nearest.peak.bytes:
+            nearest = found
+        instants.append(instant(problem, times, most.op, budget_bytes * _MARGIN))
+    return nearest
+
+
+def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) -> Instant:
+    """What is in memory at one op, as a function of the candidates."""
+    regions, graph = problem.regions, problem.regions.graph
+    by_dims: dict[tuple[int, Dims], float] = {}
+    fixed = 0.0
+    for value in np.flatnonzero((times.first <= at) & (at <= times.last)).tolist():
+        entry = graph.values[value]
+        if not entry.shape:
+            fixed += entry.bytes
+            continue
+        key = (problem.node_of[regions.region_of[entry.producer]], regions.home[value])
+        by_dims[key] = by_dims.get(key, 0.0) + entry.bytes
+    node_bytes: dict[int, NDArray[np.float64]] = {}
+    for (node, dims), size in by_dims.items():
+        share = size / _home_splits(problem, node, dims)
+        node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
+    reads: dict[tuple[int, int], tuple[int, int]] = {}
+    for edge in regions.edges:
+        key_ = (edge.value, graph.ops[edge.op].scope)
+        first, last = reads.get(key_, (edge.op, edge.op))
+        reads[key_] = (min(first, edge.op), max(last, edge.op))
+    copy_bytes: dict[int, NDArray[np.float64]] = {}
+    for index, transfer in enumerate(problem.transfers):
+        alive = sum(1 for member in transfer.values if reads[member][0] <= at <= reads[member][1])
+        if alive:
+            shards = np.array([shard_count(c, problem.mesh) for c in transfer.columns], dtype=float)
+            copy_bytes[index] = alive * transfer.bytes / shards
+    return Instant(node_bytes=node_bytes, copy_bytes=copy_bytes, fixed_bytes=fixed, budget_bytes=budget_bytes)
+
+
+def _home_splits(problem: Problem, node: int, dims: Dims) -> NDArray[np.float64]:
+    """For each candidate into how many pieces a value is split where it is made."""
+    entry = problem.nodes[node]
+    pieces = entry.splits.of_dims(dims).copy()
+    for index, candidate in enumerate(entry.candidates):
+        for axis, dim in enumerate(candidate.scatter):
+            if dim != UNUSED:
+                pieces[index] *= problem.mesh.sizes[axis]
+    return pieces

@@ -1,0 +1,231 @@
+"""The search: all named strategies and the free space, on all meshes that make sense, within a memory budget.
+
+1. Every named strategy that has a use for a mesh is solved on every mesh; restricted problems are small.
+2. On the meshes where they did best the free problem is solved: exactly (`ilp.solve`), or, where it is too large for
+   that, in neighbourhoods of the best named solutions (`neighbourhood`).
+3. The answer is the fastest that fits. The free space contains every strategy, so it is never worse than the best of
+   them under the same costs; where only neighbourhoods were searched, the strategies themselves still compete.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.kernels import kernels
+from ffjax.cost.memory import Lifetimes, Peak, lifetimes
+from ffjax.ir.dims import named_dims
+from ffjax.ir.layout import Layout
+from ffjax.ir.regions import Regions
+from ffjax.ir.spec import MeshShape
+from ffjax.strategies.base import Role, Strategy, all_strategies, named
+from ffjax.strategies.budget import Fit, solve_within
+from ffjax.strategies.candidates import Keep
+from ffjax.strategies.families import family_keys
+from ffjax.strategies.ilp import Instant, Solution, solve
+from ffjax.strategies.neighbourhood import solve_near
+from ffjax.strategies.problem import Problem, build_problem, total_seconds
+from ffjax.strategies.prune import prune
+from ffjax.strategies.roles import Roles
+
+EXACT_CELLS = 150_000
+"""Resharding variables up to which the free problem is solved exactly."""
+MOST_AXES = 2
+"""Of the meshes that are tried when none is given."""
+FREE_MESHES = 2
+"""On how many meshes, beside the one with a single axis, the free problem is solved."""
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The best plan of one strategy on one mesh."""
+
+    strategy: str
+    mesh: MeshShape
+    step_s: float
+    bound_s: float
+    peak: Peak
+    fits: bool
+    exact: bool
+    seconds: float
+    problem: Problem
+    choice: tuple[int, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """`best` is the fastest that fits, or, where nothing does, the one that needs least memory."""
+
+    best: Found
+    found: tuple[Found, ...]
+    seconds: dict[str, float]
+    keys: tuple[str, ...]
+
+
+Progress = Callable[[str, float], None]
+"""Told what is being solved, and the share of the work that is done."""
+
+
+def search(
+    regions: Regions,
+    cluster: Cluster,
+    *,
+    budget_bytes: float,
+    strategy: str = AUTO,
+    meshes: Sequence[MeshShape] | None = None,
+    keep: Callable[[MeshShape], Keep | None] | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Finds the fastest plan that fits.
+
+    Args:
+      regions: the program.
+      cluster: where it runs.
+      budget_bytes: what one device may hold.
+      strategy: `"auto"`, or a named strategy that alone is searched.
+      meshes: those to consider; by default the cluster's.
+      keep: for a mesh, which candidates pins leave.
+      progress: is told what is being done.
+
+    Raises:
+      ValueError: for an unknown strategy, or one that has no use for any of the meshes.
+    """
+    began = time.perf_counter()
+    search_ = _Search(regions, cluster, budget_bytes, keep)
+    analysed = time.perf_counter()
+    meshes = cluster.mesh_shapes(max_axes=MOST_AXES) if meshes is None else meshes
+    strategies = all_strategies() if strategy == AUTO else (named(strategy),)
+    pairs = [(s, m, roles) for m in meshes for s in strategies if (roles := s.roles(m)) is not None]
+    if not pairs and strategy != AUTO:
+        raise ValueError(
+            f"strategy {strategy!r} has no use for the meshes {', '.join(map(str, meshes))}; give it one with more axes"
+        )
+    found: list[Found] = []
+    for done, (entry, mesh, roles) in enumerate(pairs):
+        if progress:
+            progress(f"{entry.name} on {mesh}", 0.5 * done / len(pairs))
+        result = search_.restricted(entry, mesh, roles)
+        if result is not None:
+            found.append(result)
+    restricted = time.perf_counter()
+    if strategy == AUTO:
+        chosen = _promising(found, meshes)
+        for done, mesh in enumerate(chosen):
+            if progress:
+                progress(f"free search on {mesh}", 0.5 + 0.5 * done / len(chosen))
+            result = search_.free(mesh, [f for f in found if f.mesh == mesh])
+            if result is not None:
+                found.append(result)
+    finished = time.perf_counter()
+    if not found:
+        raise ValueError("no candidate is left on any mesh; loosen the pins")
+    fitting = [f for f in found if f.fits]
+    best = min(fitting, key=lambda f: f.step_s) if fitting else min(found, key=lambda f: f.peak.bytes)
+    seconds = {
+        "analyse": analysed - began,
+        "named strategies": restricted - analysed,
+        "free search": finished - restricted,
+    }
+    return SearchResult(best=best, found=tuple(found), seconds=seconds, keys=tuple(search_.keys))
+
+
+def _promising(found: Sequence[Found], meshes: Sequence[MeshShape]) -> list[MeshShape]:
+    """The meshes on which a named strategy did best, and every mesh of one axis."""
+
+    def score(mesh: MeshShape) -> tuple[bool, float]:
+        here = [f for f in found if f.mesh == mesh]
+        return min(((not f.fits, f.step_s) for f in here), default=(True, float("inf")))
+
+    ranked = sorted(meshes, key=score)
+    single = [m for m in meshes if len(m.axes) == 1]
+    return list(dict.fromkeys([m for m in ranked if len(m.axes) > 1][:FREE_MESHES] + single))
+
+
+class _Search:
+    """What all solves of one search share."""
+
+    def __init__(
+        self,
+        regions: Regions,
+        cluster: Cluster,
+        budget_bytes: float,
+        keep: Callable[[MeshShape], Keep | None] | None,
+    ) -> None:
+        self.regions = regions
+        self.cluster = cluster
+        self.budget_bytes = budget_bytes
+        self.keep = keep
+        self.keys = family_keys(regions)
+        self.kernels = kernels(regions)
+        self.dims = named_dims(regions)
+        self.times: Lifetimes = lifetimes(regions.graph)
+
+    def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role]) -> Found | None:
+        """The best plan of a named strategy on one mesh."""
+        began = time.perf_counter()
+        rules = Roles(self.regions, self.dims, mesh, roles)
+        pins = self.keep(mesh) if self.keep is not None else None
+        keep = _both(rules.keep(), pins)
+        model = CollectiveModel(mesh, self.cluster)
+        problem = build_problem(self.regions, self.keys, self.kernels, model, rules.allow(), keep)
+        if any(not node.candidates for node in problem.nodes):
+            return None
+        allowed = rules.forbid(problem)
+        fit = solve_within(allowed, self.budget_bytes, self.times, lambda p, i: solve(p, instants=i))
+        return self._found(strategy.name, problem, fit, exact=True, began=began)
+
+    def free(self, mesh: MeshShape, starts: Sequence[Found]) -> Found | None:
+        """The best plan of the whole space on one mesh."""
+        began = time.perf_counter()
+        pins = self.keep(mesh) if self.keep is not None else None
+        problem = build_problem(self.regions, self.keys, self.kernels, CollectiveModel(mesh, self.cluster), None, pins)
+        if any(not node.candidates for node in problem.nodes):
+            return None
+        cells = sum(t.seconds.size * len(t.consumers) for t in problem.transfers)
+        exact = cells <= EXACT_CELLS or not starts
+
+        def solver(p: Problem, instants: Sequence[Instant]) -> Solution | None:
+            if exact:
+                return solve(p, instants=instants)
+            return solve_near(p, [s.layout.assignments for s in starts], instants)
+
+        pruned, _ = prune(problem)
+        fit = solve_within(pruned, self.budget_bytes, self.times, solver)
+        if fit is not None and not fit.fits:
+            # Pruning looks at time alone: what it dropped may be what fits.
+            again = solve_within(problem, self.budget_bytes, self.times, solver)
+            fit = again if again is not None and again.fits else fit
+            pruned = problem if fit is again else pruned
+        return self._found(AUTO, pruned, fit, exact=exact, began=began)
+
+    def _found(self, name: str, problem: Problem, fit: Fit | None, *, exact: bool, began: float) -> Found | None:
+        if fit is None:
+            return None
+        step_s = total_seconds(problem, fit.solution.choice)
+        bound_s = fit.solution.bound_s if exact else sum(float(n.cost_s.min()) for n in problem.nodes)
+        return Found(
+            strategy=name,
+            mesh=problem.mesh,
+            step_s=step_s,
+            bound_s=min(bound_s, step_s),
+            peak=fit.peak,
+            fits=fit.fits,
+            exact=exact,
+            seconds=time.perf_counter() - began,
+            problem=problem,
+            choice=fit.solution.choice,
+            layout=fit.layout,
+        )
+
+
+def _both(first: Keep | None, second: Keep | None) -> Keep | None:
+    if first is None or second is None:
+        return first or second
+    # A pin is stronger than a strategy: the strategy chooses among what the pin leaves.
+    return lambda region, found: first(region, second(region, found)) if second(region, found) else []
