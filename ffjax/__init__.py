@@ -1,3 +1,10 @@
-"""ffjax takes a single-device JAX train step and finds a fast way to run it on a cluster."""
+"""Automatic parallelization for JAX: an ordinary single-device train step, run the fastest way on a cluster."""
 
-__version__ = "0.1.0.dev0"
+from ffjax.autoshard import autoshard
+from ffjax.cost.cluster import Cluster
+from ffjax.plan import Plan
+from ffjax.planner import plan
+
+__version__ = "0.1.0"
+
+__all__ = ["Cluster", "Plan", "__version__", "autoshard", "plan"]

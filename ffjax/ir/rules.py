@@ -44,7 +44,7 @@ class OpShardingRule:
         return tuple(math.prod(self.sizes[f] for f in dim) for dim in value)
 
     def __str__(self) -> str:
-        names = [_name(i) for i in range(len(self.sizes))]
+        names = [factor_name(i) for i in range(len(self.sizes))]
 
         def values(side: tuple[DimFactors, ...]) -> str:
             return ", ".join(
@@ -94,7 +94,7 @@ _KIND = re.compile(r"(\w+)=\{([^}]*)\}")
 _FACTOR = re.compile(r"[a-z](?:_\d+)?|_")
 
 
-def _name(index: int) -> str:
+def factor_name(index: int) -> str:
     """Shardy's names: i to z, then a to h, then z_1, z_2, ..."""
     letters = string.ascii_lowercase[8:] + string.ascii_lowercase[:8]
     return letters[index] if index < 26 else f"z_{index - 25}"

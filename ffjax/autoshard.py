@@ -1,0 +1,289 @@
+"""`ffjax.autoshard`: a step that plans itself at its first call, then runs sharded like a jitted function."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ffjax import nnx
+from ffjax.cost.cluster import Cluster
+from ffjax.emit.emit import in_shardings
+from ffjax.emit.run import device_mesh, jitted
+from ffjax.errors import FfjaxWarning, PlanError
+from ffjax.ir.trace import Program
+from ffjax.plan import Plan
+from ffjax.planner import argnums, bind_program, plan_program, program_fingerprint, trace_call
+from ffjax.strategies.search import AUTO, Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `autoshard` was given; see there."""
+
+    cluster: Cluster | None
+    memory: str | float | None
+    strategy: str
+    mesh: Mapping[str, int] | None
+    pins: Mapping[str, PartitionSpec] | None
+    plan: Plan | None
+    cache: str | os.PathLike[str] | None
+    static_argnums: int | Sequence[int]
+    donate_argnums: int | Sequence[int]
+    devices: Sequence[jax.Device] | None
+    progress: Progress | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Entry:
+    """One signature of arguments: its plan, bound to its program, and, once it has run, what runs it."""
+
+    plan: Plan
+    program: Program
+    runner: _Runner | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Runner:
+    """The jitted step, where its arguments go, and the arrays that the step closes over, in place."""
+
+    run: jax.stages.Wrapped
+    shardings: tuple[NamedSharding, ...]
+    closures: tuple[jax.Array, ...]
+
+
+class Sharded:
+    """A step under `autoshard`. Call it like the step; `plan`, `lower` and `init` say and do the rest."""
+
+    def __init__(self, step: Callable[..., Any], options: Options) -> None:
+        self._step = step
+        self._options = options
+        self._entries: dict[Hashable, _Entry] = {}
+        functools.update_wrapper(self, step)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Places the arguments as planned (no copy if they are so already) and runs one step."""
+        call = self._call(args, kwargs)
+        entry = self._entry(call)
+        runner = self._runner(entry)
+        placed = [place(x, s) for x, s in zip(_leaves(call)[0], runner.shardings, strict=True)]
+        out = runner.run(*runner.closures, *placed)
+        return call.finish(jax.tree.unflatten(entry.program.out_tree, out))
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these arguments, which may be arrays or `jax.ShapeDtypeStruct`."""
+        return self._entry(self._call(args, kwargs)).plan
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """The sharded step, lowered for the devices that it would run on."""
+        return self.plan(*args, **kwargs).lower(self._devices())
+
+    def init(self, init_fn: Callable[..., Any], *args: Any) -> Any:
+        """Builds a state already sharded, as the plan wants the argument that it is for: no device holds it whole.
+
+        Plan first (`step.plan(jax.eval_shape(init_fn, *args), batch)`): the state goes where that plan has an argument
+        with the same leaves.
+
+        Raises:
+          PlanError: before there is a plan, or where the state fits none of the step's arguments.
+        """
+        name = getattr(self._step, "__name__", "step")
+        if not self._entries:
+            raise PlanError(
+                f"{name}.init has no plan yet. Remedy: call {name}.plan(jax.eval_shape(init_fn, *args), batch) first."
+            )
+        entry = next(reversed(self._entries.values()))
+        call = nnx.as_builder(init_fn)
+        leaves, tree = jax.tree.flatten(jax.eval_shape(call.build, *args))
+        shapes = [(tuple(v.shape), str(v.dtype)) for v in leaves]
+        shardings = self._runner(entry).shardings
+        for root in dict.fromkeys(leaf.root for leaf in entry.program.args):
+            own = [(leaf, s) for leaf, s in zip(entry.program.args, shardings, strict=True) if leaf.root == root]
+            if [(leaf.shape, leaf.dtype) for leaf, _ in own] == shapes:
+                placed = jax.tree.unflatten(tree, [s for _, s in own])
+                return call.finish(jax.jit(call.build, out_shardings=placed)(*args))
+        raise PlanError(
+            f"what {getattr(init_fn, '__name__', 'init_fn')} makes ({len(shapes)} arrays) is none of the arguments of the "
+            f"last plan of {name}. Remedy: plan with jax.eval_shape(init_fn, *args) as the state."
+        )
+
+    def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> nnx.Call:
+        static = argnums(self._options.static_argnums, len(args))
+        donated = argnums(self._options.donate_argnums, len(args))
+        return nnx.as_function(self._step, args, kwargs, static, donated)
+
+    def _devices(self) -> Sequence[jax.Device]:
+        return jax.devices() if self._options.devices is None else self._options.devices
+
+    def _entry(self, call: nnx.Call) -> _Entry:
+        """The plan for a call: the one for its signature, or a new one."""
+        leaves, tree = _leaves(call)
+        avals = tuple((np.shape(v) if not hasattr(v, "shape") else tuple(v.shape), str(_dtype(v))) for v in leaves)
+        signature = (tree, avals, tuple(call.args[i] for i in call.static_argnums))
+        if signature not in self._entries:
+            program = trace_call(call)
+            options = self._options
+            found = bind_program(options.plan, program) if options.plan is not None else self._cached(program)
+            self._entries[signature] = _Entry(plan=found, program=program)
+        return self._entries[signature]
+
+    def _runner(self, entry: _Entry) -> _Runner:
+        if entry.runner is None:
+            layout = entry.plan.bound
+            mesh = device_mesh(layout.mesh, self._devices())
+            shardings = in_shardings(layout, mesh)
+            closures = layout.graph.program.closures
+            entry.runner = _Runner(
+                run=jitted(layout, mesh),
+                shardings=shardings[len(closures) :],
+                closures=tuple(place(x, s) for x, s in zip(closures, shardings, strict=False)),
+            )
+        return entry.runner
+
+    def _cached(self, program: Program) -> Plan:
+        """The plan from the cache folder, or a new one, which is then put there."""
+        options = self._options
+        cluster = Cluster.local() if options.cluster is None else options.cluster
+
+        def searched() -> Plan:
+            return plan_program(
+                program,
+                cluster=cluster,
+                memory=options.memory,
+                strategy=options.strategy,
+                mesh=options.mesh,
+                pins=options.pins,
+                progress=options.progress,
+            )
+
+        if options.cache is None:
+            return searched()
+        wanted = (program_fingerprint(program), cluster, options.memory, options.strategy, options.mesh, options.pins)
+        digest = hashlib.blake2b(repr(wanted).encode(), digest_size=10).hexdigest()
+        path = Path(options.cache) / f"{program.name}-{digest}.json"
+        if path.exists():
+            try:
+                return bind_program(Plan.load(path), program)
+            except PlanError as error:
+                warnings.warn(f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=5)
+        found = searched()
+        found.save(path)
+        return found
+
+
+def place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array where the plan wants it; the array itself if it is there."""
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+        return array
+    return jax.device_put(array, sharding)
+
+
+def _leaves(call: nnx.Call) -> tuple[list[Any], Any]:
+    """The leaves of the traced arguments, in the program's order."""
+    dynamic = [a for i, a in enumerate(call.args) if i not in call.static_argnums]
+    return jax.tree.flatten((dynamic, call.kwargs))
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf)
+
+
+@overload
+def autoshard(step: Callable[..., Any], /) -> Sharded: ...
+@overload
+def autoshard(
+    step: None = None,
+    /,
+    *,
+    cluster: Cluster | None = None,
+    memory: str | float | None = None,
+    strategy: str = AUTO,
+    mesh: Mapping[str, int] | None = None,
+    pins: Mapping[str, PartitionSpec] | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+    devices: Sequence[jax.Device] | None = None,
+    progress: Progress | None = None,
+) -> Callable[[Callable[..., Any]], Sharded]: ...
+def autoshard(
+    step: Callable[..., Any] | None = None,
+    /,
+    *,
+    cluster: Cluster | None = None,
+    memory: str | float | None = None,
+    strategy: str = AUTO,
+    mesh: Mapping[str, int] | None = None,
+    pins: Mapping[str, PartitionSpec] | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+    devices: Sequence[jax.Device] | None = None,
+    progress: Progress | None = None,
+) -> Sharded | Callable[[Callable[..., Any]], Sharded]:
+    """Runs an ordinary single-device step on all devices, sharded by a plan that is searched at its first call.
+
+    Args:
+      step: a function as `jax.jit` takes it, or one that mutates NNX modules, as `nnx.jit` takes it.
+      cluster: what the costs are of; by default the devices that JAX sees.
+      memory: bytes that one device may hold (`"70GiB"` or a number); by default all that it has.
+      strategy: `"auto"`, or a named strategy.
+      mesh: axis names and sizes, to be used as they are; by default meshes are searched too.
+      pins: path patterns of arguments, and the PartitionSpec that each shall have.
+      plan: a plan (or its file) to run instead of searching one.
+      cache: a folder of plans: one found there for the same program and options is used again.
+      static_argnums, donate_argnums: as in `jax.jit`.
+      devices: those to run on; by default all.
+      progress: called with what the search is doing and the share that is done.
+
+    Returns:
+      The sharded step, or a decorator if no step is given.
+
+    >>> import jax.numpy as jnp
+    >>> @autoshard
+    ... def step(state, batch):
+    ...     return state + (batch @ state).mean(), batch.sum()
+    >>> state, total = step(jnp.zeros(4), jnp.ones((8, 4)))
+    >>> float(total)
+    32.0
+    """
+    if step is None:
+        return functools.partial(
+            autoshard,
+            cluster=cluster,
+            memory=memory,
+            strategy=strategy,
+            mesh=mesh,
+            pins=pins,
+            plan=plan,
+            cache=cache,
+            static_argnums=static_argnums,
+            donate_argnums=donate_argnums,
+            devices=devices,
+            progress=progress,
+        )
+    options = Options(
+        cluster=cluster,
+        memory=memory,
+        strategy=strategy,
+        mesh=mesh,
+        pins=pins,
+        plan=plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),
+        cache=cache,
+        static_argnums=static_argnums,
+        donate_argnums=donate_argnums,
+        devices=devices,
+        progress=progress,
+    )
+    return Sharded(step, options)

@@ -1,0 +1,137 @@
+"""Plans as text: why a plan is what it is, and how two plans differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from ffjax.ir.spec import format_spec
+from ffjax.plan import Decision, Placement, Plan
+
+MOST_LINES = 14
+
+
+def explain(plan: Plan, *, details: bool = False) -> str:
+    """One page: the plan's figures, its state, what costs most and what the alternatives would have cost."""
+    figures, search = plan.estimate, plan.search
+    limit = None if details else MOST_LINES
+    lines = [
+        f"{plan.program} on {plan.devices} devices of {plan.cluster!r}, mesh {plan.mesh_shape}, strategy {plan.strategy}",
+        f"  step {_s(figures.step_s)} = compute {_s(figures.compute_s)} + communication {_s(figures.exposed_comm_s)}",
+        f"  peak {_b(figures.peak_bytes)} of {_b(plan.budget_bytes)} per device",
+        f"  found by {search.algorithm} in {search.seconds.get('total', 0.0):.1f}s: "
+        f"bound {_s(search.lower_bound_s)}, gap {search.gap:.2%}, {search.stop}",
+        "",
+        "collectives of one step, per device",
+    ]
+    lines += _table(
+        [
+            (c.kind, "*".join(c.axes), f"{c.count:g} x", _b(c.bytes), _s(c.seconds))
+            for c in figures.collectives[:limit]
+        ],
+        empty="none",
+    )
+    lines += ["", "arguments"]
+    lines += _table([(path, count, spec) for path, count, spec in _collapsed(plan.args)][:limit], empty="none")
+    lines += ["", "what costs most, and the runner-up (all members of a family together)"]
+    hot = sorted(plan.decisions, key=lambda d: -d.seconds)
+    lines += _table(
+        [(_s(d.seconds), f"{d.members} x", _split(d), d.what, _short(d.where), _runner_up(d)) for d in hot[:limit]],
+        empty="nothing",
+    )
+    close = sorted((d for d in plan.decisions if d.runner_up), key=lambda d: d.runner_up_extra_s)
+    if details:
+        lines += ["", "closest calls"]
+        lines += _table([(_split(d), d.what, _short(d.where), _runner_up(d)) for d in close[:MOST_LINES]], empty="none")
+    lines += ["", "largest arrays alive at the peak"]
+    lines += _table([(_b(size), what) for what, size in figures.largest[:6]], empty="none")
+    lines += ["", "the strategies, each on its best mesh"]
+    best: dict[str, tuple[str, ...]] = {}
+    for c in sorted(search.competitors, key=lambda c: (not c.fits, c.step_s)):
+        row = (c.strategy, c.mesh, _s(c.step_s), _b(c.peak_bytes), "" if c.fits else "does not fit")
+        best.setdefault(c.strategy, row)
+    lines += _table(list(best.values()), empty="none")
+    return "\n".join(lines) + "\n"
+
+
+def diff(a: Plan, b: Plan) -> str:
+    """One line for each thing that differs between two plans, `-` before and `+` after."""
+    lines: list[str] = []
+
+    def change(what: str, before: object, after: object) -> None:
+        if before != after:
+            lines.extend([f"- {what}: {before}", f"+ {what}: {after}"])
+
+    change("program", a.program, b.program)
+    change("fingerprint", a.fingerprint, b.fingerprint)
+    change("mesh", a.mesh_shape, b.mesh_shape)
+    for side, before, after in (("", a.args, b.args), ("result ", a.results, b.results)):
+        left, right = ({p.path: _placed(p) for p in placements} for placements in (before, after))
+        for path in dict.fromkeys([*left, *right]):
+            change(side + path, left.get(path, "absent"), right.get(path, "absent"))
+    before_, after_ = ({d.key: d for d in plan.decisions} for plan in (a, b))
+    for key in dict.fromkeys([*before_, *after_]):
+        one, two = before_.get(key), after_.get(key)
+        named = one or two
+        assert named is not None  # the key is of one of them
+        change(
+            f"{named.what} at {_short(named.where)} ({named.members} x)",
+            "absent" if one is None else _split(one),
+            "absent" if two is None else _split(two),
+        )
+    if lines:
+        change("step", _s(a.estimate.step_s), _s(b.estimate.step_s))
+        change("peak", _b(a.estimate.peak_bytes), _b(b.estimate.peak_bytes))
+    return "\n".join(lines) + "\n" * bool(lines)
+
+
+def _placed(placement: Placement) -> str:
+    return f"{placement.dtype}{list(placement.shape)} {format_spec(placement.spec)}"
+
+
+def _collapsed(placements: Sequence[Placement]) -> Iterable[tuple[str, str, str]]:
+    """Arguments that differ only in numbers in their paths (layers) as one line."""
+    groups: dict[tuple[str, str], int] = {}
+    for p in placements:
+        key = (re.sub(r"\d+", "*", p.path), _placed(p))
+        groups[key] = groups.get(key, 0) + 1
+    return [(path, f"{count} x", placed) for (path, placed), count in groups.items()]
+
+
+def _split(decision: Decision) -> str:
+    parts = [
+        f"{axis}:{factor}={decision.factors[factor]}" + (f"->dim {decision.scatter[axis]}" if axis in decision.scatter else "")
+        for axis, factor in decision.split.items()
+    ]
+    return " ".join(parts) or "whole"
+
+
+def _runner_up(decision: Decision) -> str:
+    return f"else {decision.runner_up}: +{_s(decision.runner_up_extra_s)}" if decision.runner_up else "no other"
+
+
+def _short(where: str) -> str:
+    """The last two parts of a source path; argument paths stay."""
+    file, colon, line = where.rpartition(":")
+    return "/".join(file.split("/")[-2:]) + colon + line if colon and line.isdigit() else where
+
+
+def _s(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
+
+
+def _b(size: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def _table(rows: Sequence[tuple[str, ...]], *, empty: str) -> list[str]:
+    if not rows:
+        return [f"  {empty}"]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,331 @@
+"""From a step and its arguments to a plan: trace, analyse, search, report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from ffjax import nnx
+from ffjax.cost.cluster import Cluster, parse_bytes
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.estimate import estimate
+from ffjax.cost.kernels import kernels
+from ffjax.cost.memory import lifetimes
+from ffjax.errors import BudgetError, ClusterError, PinError, PlanError, PlanMismatch
+from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.ir.graph import Graph, build_graph
+from ffjax.ir.layout import Layout
+from ffjax.ir.regions import Region, Regions, find_regions
+from ffjax.ir.rules import factor_name
+from ffjax.ir.spec import MeshShape
+from ffjax.ir.trace import Program, trace
+from ffjax.pins import check_pins, keep_pins
+from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
+from ffjax.strategies.families import family_keys, members
+from ffjax.strategies.runner_up import RunnerUp, runners_up
+from ffjax.strategies.search import AUTO, Found, Progress, SearchResult, search
+
+Pins = Mapping[str, PartitionSpec]
+
+
+def plan(
+    step: Callable[..., Any],
+    *args: Any,
+    cluster: Cluster | None = None,
+    memory: str | float | None = None,
+    strategy: str = AUTO,
+    mesh: Mapping[str, int] | None = None,
+    pins: Pins | None = None,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+    progress: Progress | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Searches a plan for one step. Needs no devices: arguments may be `jax.ShapeDtypeStruct`.
+
+    Args:
+      step: a function as `jax.jit` takes it, or one that mutates NNX modules, as `nnx.jit` takes it.
+      args, kwargs: its arguments, arrays or shapes.
+      cluster: where it shall run; by default the devices that JAX sees.
+      memory: bytes that one device may hold (`"70GiB"` or a number); by default all that it has.
+      strategy: `"auto"`, or a named strategy.
+      mesh: axis names and sizes, to be used as they are; by default meshes are searched too.
+      pins: path patterns of arguments, and the PartitionSpec that each shall have.
+      static_argnums, donate_argnums: as in `jax.jit`.
+      progress: called with what is being done and the share that is done.
+
+    Raises:
+      TraceError, ClusterError, PinError, BudgetError, PlanError: each names the input and the remedy.
+    """
+    began = time.perf_counter()
+    program = trace_step(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    return plan_program(
+        program,
+        cluster=cluster,
+        memory=memory,
+        strategy=strategy,
+        mesh=mesh,
+        pins=pins,
+        progress=progress,
+        trace_s=time.perf_counter() - began,
+    )
+
+
+def trace_step(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+) -> Program:
+    """Traces a step; one that takes NNX objects is made a function of their state first."""
+    static, donated = argnums(static_argnums, len(args)), argnums(donate_argnums, len(args))
+    return trace_call(nnx.as_function(step, args, kwargs, static, donated))
+
+
+def trace_call(call: nnx.Call) -> Program:
+    """Traces a call that is a function of arrays already."""
+    return trace(
+        call.step, call.args, call.kwargs, static_argnums=call.static_argnums, donate_argnums=call.donate_argnums
+    )
+
+
+def argnums(numbers: int | Sequence[int], count: int) -> tuple[int, ...]:
+    given = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+    for number in given:
+        if not -count <= number < count:
+            raise PlanError(f"argument number {number} of static_argnums or donate_argnums, but there are {count} arguments")
+    return tuple(n % count for n in given)
+
+
+def plan_program(
+    program: Program,
+    *,
+    cluster: Cluster | None = None,
+    memory: str | float | None = None,
+    strategy: str = AUTO,
+    mesh: Mapping[str, int] | None = None,
+    pins: Pins | None = None,
+    progress: Progress | None = None,
+    trace_s: float = 0.0,
+) -> Plan:
+    """Searches a plan for a program that is traced already; see `plan`."""
+    began = time.perf_counter()
+    cluster = Cluster.local() if cluster is None else cluster
+    budget = float(cluster.device.memory_bytes if memory is None else parse_bytes(memory))
+    meshes = None if mesh is None else [_mesh(mesh, cluster)]
+    graph = build_graph(program)
+    regions = find_regions(graph)
+    if pins:
+        check_pins(regions, pins, meshes or cluster.mesh_shapes())
+    analysed = time.perf_counter()
+    try:
+        result = search(
+            regions,
+            cluster,
+            budget_bytes=budget,
+            strategy=strategy,
+            meshes=meshes,
+            keep=keep_pins(regions, pins or {}),
+            progress=progress,
+        )
+    except ValueError as error:
+        raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
+    if not result.best.fits:
+        raise _over_budget(result, budget, cluster)
+    seconds = {"trace": trace_s, "rules": analysed - began, **result.seconds}
+    return _report(program, regions, cluster, result, budget, strategy, seconds)
+
+
+def bind(plan: Plan, step: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
+    """A plan on the program of a step; raises PlanMismatch if it was made for another."""
+    return bind_program(plan, trace_step(step, args, kwargs))
+
+
+def bind_program(plan: Plan, program: Program) -> Plan:
+    """A plan on a program; raises PlanMismatch that says what differs if it was made for another."""
+    import dataclasses
+
+    for ours, theirs in zip(program.args, plan.args, strict=False):
+        if (ours.path, ours.shape, ours.dtype) != (theirs.path, theirs.shape, theirs.dtype):
+            raise PlanMismatch(
+                f"the plan of {plan.program!r} was made for {theirs.path}: {theirs.dtype}{list(theirs.shape)}, but the "
+                f"argument is {ours.path}: {ours.dtype}{list(ours.shape)}. Remedy: search a plan for these arguments."
+            )
+    regions = find_regions(build_graph(program))
+    plan.check_fingerprint(fingerprint(regions), program.name)
+    decisions = {d.key: d for d in plan.decisions}
+    nothing = Assignment((UNUSED,) * len(plan.mesh.axes), (UNUSED,) * len(plan.mesh.axes))
+    assigned = [
+        decisions[key].assignment(plan.mesh) if key in decisions else nothing for key in family_keys(regions)
+    ]
+    layout = Layout(regions=regions, mesh=plan.mesh, assignments=assigned, axis_prices=plan.axis_prices)
+    return dataclasses.replace(plan, layout=layout)
+
+
+def fingerprint(regions: Regions) -> str:
+    """A hash of what a plan depends on: the ops, shapes, dtypes and how they are connected."""
+    digest = hashlib.blake2b(digest_size=12)
+    for key in family_keys(regions):
+        digest.update(key.encode())
+    for leaf in regions.graph.program.args + regions.graph.program.results:
+        digest.update(str(leaf).encode())
+    return digest.hexdigest()
+
+
+def program_fingerprint(program: Program) -> str:
+    """The fingerprint of a program that is not analysed yet."""
+    return fingerprint(find_regions(build_graph(program)))
+
+
+def _mesh(mesh: Mapping[str, int], cluster: Cluster) -> MeshShape:
+    shape = MeshShape(tuple(mesh), tuple(int(n) for n in mesh.values()))
+    if shape.devices > cluster.devices:
+        raise ClusterError(
+            f"the mesh {dict(mesh)} needs {shape.devices} devices, the cluster {cluster.name!r} has {cluster.devices}. "
+            "Remedy: make the mesh smaller or the cluster larger (hosts=, devices_per_host=)."
+        )
+    if shape.devices < cluster.devices:
+        raise ClusterError(
+            f"the mesh {dict(mesh)} uses {shape.devices} of the {cluster.devices} devices of {cluster.name!r}. Remedy: "
+            "make it use all, or describe a smaller cluster (hosts=, devices_per_host=)."
+        )
+    return shape
+
+
+def _over_budget(result: SearchResult, budget: float, cluster: Cluster) -> BudgetError:
+    best = result.best
+    largest = "\n".join(f"  {_gib(size):>10}  {what}" for what, size in best.peak.live[:6])
+    return BudgetError(
+        f"no plan fits {_gib(budget)} per device on {cluster.devices} devices. The smallest found "
+        f"({best.strategy} on {best.mesh}) needs {_gib(best.peak.bytes)}; at its peak these are the largest arrays alive:\n"
+        f"{largest}\nRemedy: memory={_gib(best.peak.bytes * 1.01)!r} or more, more devices, donated state (donate_argnums), "
+        "a smaller batch, or jax.checkpoint."
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}GiB" if size >= 2**28 else f"{size / 2**20:.3f}MiB"
+
+
+def _report(
+    program: Program,
+    regions: Regions,
+    cluster: Cluster,
+    result: SearchResult,
+    budget: float,
+    strategy: str,
+    seconds: dict[str, float],
+) -> Plan:
+    best = result.best
+    layout = best.layout
+    graph = regions.graph
+    model = CollectiveModel(best.mesh, cluster)
+    others = runners_up(best.problem, best.choice)
+    closures = len(program.closures)
+
+    def argument(position: int) -> Placement:
+        op = graph.ops[graph.arguments[position]]
+        value = graph.values[op.results[0]]
+        return Placement(path=op.label, shape=value.shape, dtype=value.dtype, spec=layout.home(value.id))
+
+    return Plan(
+        program=program.name,
+        fingerprint=fingerprint(regions),
+        cluster=cluster.name,
+        devices=cluster.devices,
+        strategy=strategy,
+        mesh=best.mesh,
+        axis_prices=model.axis_prices,
+        budget_bytes=budget,
+        args=tuple(argument(closures + i) for i in range(len(program.args))),
+        closures=tuple(argument(i) for i in range(closures)),
+        results=tuple(
+            Placement(path=leaf.path, shape=leaf.shape, dtype=leaf.dtype, spec=layout.operand(op, 0))
+            for leaf, op in zip(program.results, graph.outputs, strict=True)
+        ),
+        decisions=tuple(_decisions(regions, best, result.keys, others)),
+        estimate=estimate(layout, kernels(regions), model, lifetimes(graph)),
+        search=_search_report(result, strategy, seconds),
+        layout=layout,
+    )
+
+
+def _decisions(regions: Regions, best: Found, keys: Sequence[str], others: Sequence[RunnerUp | None]) -> list[Decision]:
+    graph = regions.graph
+    families = members(keys)
+    decisions = []
+    for node, choice, other in zip(best.problem.nodes, best.choice, others, strict=True):
+        region = regions.regions[node.regions[0]]
+        if not region.sizes:
+            continue
+        names = [factor_name(i) for i in range(len(region.sizes))]
+        split, scatter = _describe(node.candidates[choice], names, best.mesh)
+        runner_up = "" if other is None else _text(*_describe(node.candidates[other.candidate], names, best.mesh))
+        where, what = _subject(graph, region)
+        decisions.append(
+            Decision(
+                key=node.key,
+                where=where,
+                what=what,
+                members=len(families[node.key]),
+                factors=dict(zip(names, region.sizes, strict=True)),
+                split=split,
+                scatter=scatter,
+                seconds=float(node.cost_s[choice]),
+                runner_up=runner_up,
+                runner_up_extra_s=0.0 if other is None else other.extra_s,
+            )
+        )
+    return decisions
+
+
+def _describe(candidate: Assignment, names: Sequence[str], mesh: MeshShape) -> tuple[dict[str, str], dict[str, int]]:
+    split = {a: names[atom] for a, atom in zip(mesh.axes, candidate.atoms, strict=True) if atom != UNUSED}
+    scatter = {a: dim for a, dim in zip(mesh.axes, candidate.scatter, strict=True) if dim != UNUSED}
+    return split, scatter
+
+
+def _text(split: Mapping[str, str], scatter: Mapping[str, int]) -> str:
+    parts = [f"{a}:{f}" + (f"->dim {scatter[a]}" if a in scatter else "") for a, f in split.items()]
+    return " ".join(parts) or "whole"
+
+
+def _subject(graph: Graph, region: Region) -> tuple[str, str]:
+    """The source line and the kind of a region's largest op; an argument is named by its path."""
+    first = graph.ops[region.ops[0]]
+    if first.kind == "argument":
+        value = graph.values[first.results[0]]
+        return first.label, f"argument {value.dtype}{list(value.shape)}"
+    heaviest = max(
+        (graph.ops[i] for i in region.ops),
+        key=lambda op: max((graph.values[v].bytes for v in op.results), default=0.0),
+    )
+    shapes = [list(graph.values[v].shape) for v in heaviest.results[:1]]
+    dtype = graph.values[heaviest.results[0]].dtype if heaviest.results else ""
+    more = f" and {len(region.ops) - 1} more" if len(region.ops) > 1 else ""
+    return graph.source(heaviest), f"{heaviest.kind} {dtype}{shapes[0] if shapes else ''}{more}"
+
+
+def _search_report(result: SearchResult, strategy: str, seconds: dict[str, float]) -> SearchReport:
+    best = result.best
+    exact = best.exact
+    return SearchReport(
+        seconds={**seconds, "total": sum(seconds.values())},
+        algorithm=("integer linear program" if exact else "integer linear programs in neighbourhoods") + f", {best.strategy}",
+        candidates=sum(len(n.candidates) for n in best.problem.nodes),
+        lower_bound_s=best.bound_s,
+        gap=0.0 if best.step_s == 0 else (best.step_s - best.bound_s) / best.step_s,
+        stop="proved optimal for its mesh" if exact and best.step_s - best.bound_s <= 1e-3 * best.step_s else "no move improved",
+        competitors=tuple(
+            Competitor(
+                strategy=f.strategy, mesh=str(f.mesh), step_s=f.step_s, peak_bytes=f.peak.bytes, fits=f.fits
+            )
+            for f in result.found
+        ),
+    )
