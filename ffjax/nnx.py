@@ -113,9 +113,11 @@ def has_objects(tree: Any) -> bool:
     if flax is None:
         return False
     found: list[bool] = []
+    # Flax 0.12 renamed `Object` to `Pytree`.
+    kinds = (getattr(flax, "Pytree", flax.Object), flax.Variable)
 
     def look(node: Any) -> bool:
-        if isinstance(node, flax.Object):
+        if isinstance(node, kinds):
             found.append(True)
         return bool(found)
 
