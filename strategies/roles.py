@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,17 +54,20 @@ class Roles:
         return allow
 
     def keep(self) -> Keep | None:
-        """FSDP splits state as finely as it divides, whether or not that is cheaper."""
-        forced = [i for i, role in enumerate(self.roles) if role is Role.FSDP]
-        if not forced:
+        """Data parallelism splits the batch, and FSDP all state, as finely as they divide, cheaper or not."""
+        data = [i for i, role in enumerate(self.roles) if role in (Role.DATA, Role.FSDP)]
+        fsdp = [i for i, role in enumerate(self.roles) if role is Role.FSDP]
+        if not data:
             return None
 
         def keep(region: Region, found: Sequence[Assignment]) -> list[Assignment]:
-            if region.id not in self.state or region.id in self.with_batch:
+            if region.id in self.with_batch:
+                forced = data
+            elif region.id in self.state:
+                forced = fsdp
+            else:
                 return list(found)
-            pieces = [
-                int(np.prod([self.mesh.sizes[i] for i in forced if c.atoms[i] != UNUSED], dtype=int)) for c in found
-            ]
+            pieces = [math.prod(self.mesh.sizes[i] for i in forced if c.atoms[i] != UNUSED) for c in found]
             return [c for c, n in zip(found, pieces, strict=True) if n == max(pieces)]
 
         return keep
