@@ -11,7 +11,7 @@ whole step unless they are donated; a result that replaces a donated argument ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ffjax.cost.kernels import fusible, materialised
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.layout import Layout
-from ffjax.ir.regions import is_reduction
-from ffjax.ir.spec import Spec
+from ffjax.ir.regions import Regions, is_reduction
+from ffjax.ir.spec import Spec, shard_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,41 +92,93 @@ def lifetimes(graph: Graph) -> Lifetimes:
     return Lifetimes(first=first, last=last)
 
 
+class MemoryModel:
+    """What is in memory when, grouped by what is sharded alike, so that a layout is priced group by group.
+
+    `keys` are the regions' families, if regions of one family have one assignment in all layouts that are asked about.
+    """
+
+    def __init__(self, regions: Regions, times: Lifetimes, keys: Sequence[Hashable] | None = None) -> None:
+        graph = regions.graph
+        self.graph = graph
+        family: Sequence[Hashable] = range(len(regions.regions)) if keys is None else keys
+        alive = [v for v in graph.values if times.first[v.id] <= times.last[v.id] and v.bytes]
+        self.values = np.array([v.id for v in alive], dtype=np.int64)
+        self.first, self.last = times.first[self.values], times.last[self.values]
+        self.bytes = np.array([v.bytes for v in alive])
+        groups: dict[Hashable, int] = {}
+        self.homes: list[int] = []
+        """For each group of values one of them."""
+        self.group = np.zeros(len(alive), dtype=np.int64)
+        for index, value in enumerate(alive):
+            key = (family[regions.region_of[value.producer]], regions.home[value.id])
+            if key not in groups:
+                groups[key] = len(self.homes)
+                self.homes.append(value.id)
+            self.group[index] = groups[key]
+        reads: dict[tuple[int, int], dict[Hashable, tuple[int, int, int, int]]] = {}
+        for edge in regions.edges:
+            ports = reads.setdefault((edge.value, graph.ops[edge.op].scope), {})
+            key = (family[edge.target], edge.target_dims)
+            first, _, op, operand = ports.get(key, (edge.op, edge.op, edge.op, edge.operand))
+            ports[key] = (first, edge.op, op, operand)
+        gathered: dict[Hashable, list[tuple[int, list[tuple[int, int, int, int]]]]] = {}
+        for (value_id, _), ports in reads.items():
+            producer = graph.values[value_id].producer
+            key = (family[regions.region_of[producer]], regions.home[value_id], tuple(ports))
+            gathered.setdefault(key, []).append((value_id, list(ports.values())))
+        self.copies = [_Copies(members) for members in gathered.values()]
+
+    def peak(self, layout: Layout) -> Peak:
+        """The most bytes that are live on one device at once, and where."""
+        graph = self.graph
+        pieces = np.array([shard_count(layout.home(value), layout.mesh) for value in self.homes], dtype=float)
+        first, last, sizes = [self.first], [self.last], [self.bytes / pieces[self.group] if len(pieces) else self.bytes]
+        values, copied = [self.values], [np.zeros(len(self.values), dtype=bool)]
+        for copies in self.copies:
+            for begins, ends, pieces_ in copies.under(layout):
+                first.append(begins)
+                last.append(ends)
+                values.append(copies.values)
+                sizes.append(np.array([graph.values[v].bytes for v in copies.values]) / pieces_)
+                copied.append(np.ones(len(begins), dtype=bool))
+        begins, ends, size = np.concatenate(first), np.concatenate(last), np.concatenate(sizes)
+        count = len(graph.ops) + 2
+        live = np.cumsum(np.bincount(begins, size, count) - np.bincount(ends + 1, size, count))
+        at = int(np.argmax(live[: len(graph.ops) + 1]))
+        alive = np.flatnonzero((begins <= at) & (at <= ends))
+        largest = alive[np.argsort(-size[alive], kind="stable")][:12]
+        value, copy = np.concatenate(values), np.concatenate(copied)
+        named = tuple(
+            (("copy of " if copy[i] else "") + describe(graph, int(value[i])), float(size[i])) for i in largest.tolist()
+        )
+        return Peak(bytes=float(live[at]), op=min(at, len(graph.ops) - 1), live=named)
+
+
+class _Copies:
+    """Values that are made alike and read alike: when each reader first and last needs them."""
+
+    def __init__(self, members: list[tuple[int, list[tuple[int, int, int, int]]]]) -> None:
+        self.values = np.array([value for value, _ in members], dtype=np.int64)
+        spans = np.array([[port[:2] for port in ports] for _, ports in members], dtype=np.int64)
+        self.first, self.last = spans[:, :, 0], spans[:, :, 1]
+        self.readers = [port[2:] for port in members[0][1]]
+
+    def under(self, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
+        """For each sharding that is not the values' own: from when to when each copy lives, in how many pieces."""
+        home = layout.home(int(self.values[0]))
+        by_spec: dict[Spec, list[int]] = {}
+        for index, (op, operand) in enumerate(self.readers):
+            spec = layout.operand(op, operand)
+            if spec != home:
+                by_spec.setdefault(spec, []).append(index)
+        for spec, who in by_spec.items():
+            yield self.first[:, who].min(axis=1), self.last[:, who].max(axis=1), shard_count(spec, layout.mesh)
+
+
 def peak(layout: Layout, times: Lifetimes | None = None) -> Peak:
-    """The most bytes that are live on one device at once, and where."""
-    graph = layout.graph
-    times = lifetimes(graph) if times is None else times
-    entries = live_entries(layout, times)
-    deltas = np.zeros(len(graph.ops) + 2)
-    for first, last, size, _ in entries:
-        deltas[first] += size
-        deltas[last + 1] -= size
-    live = np.cumsum(deltas)
-    at = int(np.argmax(live[: len(graph.ops) + 1]))
-    alive = sorted(((label(), size) for first, last, size, label in entries if first <= at <= last), key=lambda e: -e[1])
-    return Peak(bytes=float(live[at]), op=min(at, len(graph.ops) - 1), live=tuple(alive[:12]))
-
-
-def live_entries(layout: Layout, times: Lifetimes) -> list[tuple[int, int, float, Callable[[], str]]]:
-    """`(first op, last op, local bytes, what it is)` of everything that is in memory at some time."""
-    graph = layout.graph
-    entries: list[tuple[int, int, float, Callable[[], str]]] = []
-    for value in graph.values:
-        first, last = int(times.first[value.id]), int(times.last[value.id])
-        if first <= last and value.bytes:
-            entries.append((first, last, layout.local_bytes(value.id), lambda v=value.id: describe(graph, v)))  # type: ignore[misc]
-    readers: dict[tuple[int, Spec, int], int] = {}
-    for op in graph.ops:
-        for index, value in enumerate(op.operands):
-            if value != NO_VALUE and graph.values[value].shape and not graph.values[value].constant:
-                spec = layout.operand(op.id, index)
-                if spec != layout.home(value):
-                    readers[value, spec, op.scope] = op.id
-    for value, spec, scope, op_id in layout.copies():
-        last = readers[value, spec, scope]
-        size = layout.local_bytes(value, spec)
-        entries.append((op_id, last, size, lambda v=value: f"copy of {describe(graph, v)}"))  # type: ignore[misc]
-    return entries
+    """The most bytes that are live on one device at once, and where. For many layouts, make a `MemoryModel`."""
+    return MemoryModel(layout.regions, lifetimes(layout.graph) if times is None else times).peak(layout)
 
 
 def describe(graph: Graph, value: int) -> str:

@@ -178,6 +178,7 @@ class Plan:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
             file.write(self.to_json())
+        os.chmod(file.name, 0o644)  # temporary files are private
         os.replace(file.name, target)
 
     @classmethod

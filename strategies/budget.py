@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.memory import Lifetimes, Peak, peak
+from ffjax.cost.memory import Lifetimes, MemoryModel, Peak
 from ffjax.ir.assignment import UNUSED
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims
@@ -46,7 +46,9 @@ def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:
     )
 
 
-def solve_within(problem: Problem, budget_bytes: float, times: Lifetimes, solver: Solver) -> Fit | None:
+def solve_within(
+    problem: Problem, budget_bytes: float, memory: MemoryModel, times: Lifetimes, solver: Solver
+) -> Fit | None:
     """The fastest solution that fits, or the one that comes nearest (`fits` is False); None if none was found."""
     instants: list[Instant] = []
     nearest: Fit | None = None
@@ -55,7 +57,7 @@ def solve_within(problem: Problem, budget_bytes: float, times: Lifetimes, solver
         if solution is None:
             return nearest
         layout = layout_of(problem, solution.choice)
-        most = peak(layout, times)
+        most = memory.peak(layout)
         found = Fit(solution=solution, layout=layout, peak=most, fits=most.bytes <= budget_bytes)
         if found.fits:
             return found

@@ -45,10 +45,13 @@ def candidates(
         if allow is not None:
             own = [(a, d) for a, d in own if a == UNUSED or allow(region, a, axis)]
         options.append(own)
+    merged = {v for dims in region.dims for v in dims.operands + dims.results if any(len(dim) > 1 for dim in v)}
     found = []
     for choice in itertools.product(*options):
         assignment = Assignment(tuple(a for a, _ in choice), tuple(d for _, d in choice))
-        if _valid(regions, region, assignment, mesh, reduced, result, shape):
+        if any(spec_of(dims, region.sizes, assignment, mesh) is None for dims in merged):
+            continue
+        if _valid(region, assignment, mesh, reduced, result, shape):
             found.append(assignment)
     return keep(region, found) if keep is not None else found
 
@@ -72,7 +75,6 @@ def considered(regions: Regions, region: Region, axes: int) -> list[int]:
 
 
 def _valid(
-    regions: Regions,
     region: Region,
     assignment: Assignment,
     mesh: MeshShape,
@@ -85,9 +87,6 @@ def _valid(
             return False
     if not region.solo:
         return True
-    dims = region.dims[0]
-    if any(spec_of(v, region.sizes, assignment, mesh) is None for v in dims.operands + dims.results):
-        return False
     partial = [d for a, d in zip(assignment.atoms, assignment.scatter, strict=True) if a in reduced]
     if all(d == UNUSED for d in partial):
         return True

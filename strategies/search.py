@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import kernels
-from ffjax.cost.memory import Lifetimes, Peak, lifetimes
+from ffjax.cost.memory import Lifetimes, MemoryModel, Peak, lifetimes
 from ffjax.ir.dims import named_dims
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
@@ -99,9 +99,13 @@ def search(
     began = time.perf_counter()
     search_ = _Search(regions, cluster, budget_bytes, keep)
     analysed = time.perf_counter()
-    meshes = cluster.mesh_shapes(max_axes=MOST_AXES) if meshes is None else meshes
     strategies = all_strategies() if strategy == AUTO else (named(strategy),)
-    pairs = [(s, m, roles) for m in meshes for s in strategies if (roles := s.roles(m)) is not None]
+    if meshes is None:
+        meshes = cluster.mesh_shapes(max_axes=MOST_AXES)
+        tried = {s.name: _natural(s, meshes) for s in strategies}
+    else:
+        tried = {s.name: list(meshes) for s in strategies}
+    pairs = [(s, m, roles) for m in meshes for s in strategies if m in tried[s.name] and (roles := s.roles(m)) is not None]
     if not pairs and strategy != AUTO:
         raise ValueError(
             f"strategy {strategy!r} has no use for the meshes {', '.join(map(str, meshes))}; give it one with more axes"
@@ -135,6 +139,13 @@ def search(
     return SearchResult(best=best, found=tuple(found), seconds=seconds, keys=tuple(search_.keys))
 
 
+def _natural(strategy: Strategy, meshes: Sequence[MeshShape]) -> list[MeshShape]:
+    """Where an expert would try a strategy: all meshes if its axes differ in role, else the simplest of each rank."""
+    if any(len(set(roles)) > 1 for m in meshes if (roles := strategy.roles(m)) is not None):
+        return list(meshes)
+    return list({len(m.axes): m for m in reversed(meshes)}.values())
+
+
 def _promising(found: Sequence[Found], meshes: Sequence[MeshShape]) -> list[MeshShape]:
     """The meshes on which a named strategy did best, and every mesh of one axis."""
 
@@ -165,6 +176,7 @@ class _Search:
         self.kernels = kernels(regions)
         self.dims = named_dims(regions)
         self.times: Lifetimes = lifetimes(regions.graph)
+        self.memory = MemoryModel(regions, self.times, self.keys)
 
     def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role]) -> Found | None:
         """The best plan of a named strategy on one mesh."""
@@ -177,7 +189,7 @@ class _Search:
         if any(not node.candidates for node in problem.nodes):
             return None
         allowed = rules.forbid(problem)
-        fit = solve_within(allowed, self.budget_bytes, self.times, lambda p, i: solve(p, instants=i))
+        fit = solve_within(allowed, self.budget_bytes, self.memory, self.times, lambda p, i: solve(p, instants=i))
         return self._found(strategy.name, problem, fit, exact=True, began=began)
 
     def free(self, mesh: MeshShape, starts: Sequence[Found]) -> Found | None:
@@ -196,10 +208,10 @@ class _Search:
             return solve_near(p, [s.layout.assignments for s in starts], instants)
 
         pruned, _ = prune(problem)
-        fit = solve_within(pruned, self.budget_bytes, self.times, solver)
+        fit = solve_within(pruned, self.budget_bytes, self.memory, self.times, solver)
         if fit is not None and not fit.fits:
             # Pruning looks at time alone: what it dropped may be what fits.
-            again = solve_within(problem, self.budget_bytes, self.times, solver)
+            again = solve_within(problem, self.budget_bytes, self.memory, self.times, solver)
             fit = again if again is not None and again.fits else fit
             pruned = problem if fit is again else pruned
         return self._found(AUTO, pruned, fit, exact=exact, began=began)

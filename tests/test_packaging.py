@@ -1,4 +1,4 @@
-"""The three trees are one import package, whole in the wheel, and know each other one way only."""
+"""The source trees are one import package, whole in the wheel, and know each other one way only."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import pytest
 import ffjax
 
 ROOT = Path(__file__).resolve().parent.parent
-TREES = {"ffjax": "ffjax", "cost": "ffjax/cost", "strategies": "ffjax/strategies"}
+TREES = {"ffjax": "ffjax", "cost": "ffjax/cost", "strategies": "ffjax/strategies", "examples": "ffjax/examples"}
 """Each source tree and where it is installed."""
 
 
 def source_files() -> dict[Path, str]:
-    """Each file of the package, and its place in a wheel."""
+    """Each file of the package, and its place in a wheel; `examples/README.md` is for readers of the repository."""
     return {
         path: f"{installed}/{path.relative_to(ROOT / tree).as_posix()}"
         for tree, installed in TREES.items()
         for path in sorted((ROOT / tree).rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
     }
 
 
@@ -79,14 +79,16 @@ def test_type_checkers_overlay_points_at_the_trees() -> None:
     assert links == {
         "__init__.py": ROOT / "ffjax" / "__init__.py",
         "cost": ROOT / "cost",
+        "examples": ROOT / "examples",
         "strategies": ROOT / "strategies",
     }
 
 
 def test_folders_of_a_user_are_not_shadowed(tmp_path: Path) -> None:
-    for name in ("cost", "strategies"):
+    for name in ("cost", "strategies", "examples"):
         (tmp_path / f"{name}.py").write_text("MINE = True\n")
-    code = "import ffjax.cost, ffjax.strategies, cost, strategies; assert cost.MINE and strategies.MINE"
+    code = "import ffjax.cost, ffjax.strategies, ffjax.examples, cost, strategies, examples; "
+    code += "assert cost.MINE and strategies.MINE and examples.MINE"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ffjax.ir import compat
 from ffjax.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
-from ffjax.ir.graph import Scope
+from ffjax.ir.graph import NO_VALUE, Scope
 from ffjax.ir.inline import bodies
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import Spec
@@ -63,7 +63,10 @@ class _Interpreter:
         """Evaluates one body, each in an interpreter of its own: copies are not shared across bodies."""
         self.env.update(zip(jaxpr.invars, args, strict=True))
         if scope.id:
-            for var in jaxpr.invars:
+            for var, op in zip(jaxpr.invars, scope.enter, strict=True):
+                outside = self.graph.ops[op].operands[0]
+                if scope.kind == "cond" and outside != NO_VALUE:
+                    self.env[var] = self.moved(self.env[var], outside, op, 0)
                 self.env[var] = self.constrain(self.env[var], self.layout.home(self.graph.value_of[var]))
         for eqn in jaxpr.eqns:
             with compat.user_context(eqn):
@@ -81,8 +84,10 @@ class _Interpreter:
         """An operand as its op needs it."""
         if isinstance(atom, Literal):
             return atom.val  # type: ignore[no-any-return]
-        value = self.graph.value_of[atom]
-        array = self.env[atom]
+        return self.moved(self.env[atom], self.graph.value_of[atom], op, index)
+
+    def moved(self, array: jax.Array, value: int, op: int, index: int) -> jax.Array:
+        """A value in the sharding in which an op reads it."""
         if self.graph.values[value].constant or not self.graph.values[value].shape:
             return array
         spec = self.layout.operand(op, index)
@@ -131,7 +136,7 @@ class _Interpreter:
                 enters = scopes[0].enter[:cond] + scopes[1].enter[:consts] + scopes[1].enter[consts:]
             case "cond":
                 params["branches"] = tuple(rebuilt)
-                # Every branch reads the operands; each constrains its own copy inside.
+                # Every branch reads the operands; each reshards its own inside.
                 operands = [self.env[a] if isinstance(a, Var) else a.val for a in eqn.invars]
                 return self.bound(eqn, operands, params, None)
             case _:

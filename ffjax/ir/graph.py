@@ -190,7 +190,9 @@ class _Builder:
     def enter(self, operand: int, var: Var, scope: int, *, stacked: bool = False) -> int:
         """The op that brings a value into a body; a stacked one loses its leading dimension."""
         value = self.value(var, scope)
-        outer = self.graph.scopes[scope].parent
+        # A branch reshards what it reads itself, inside: the other branch, when that runs, need not.
+        branch = self.graph.scopes[scope].kind == "cond"
+        outer = scope if branch else self.graph.scopes[scope].parent
         if operand >= 0:
             rule = _unstack(self.graph.values[operand].shape) if stacked else identity(self.shape(value))
         else:

@@ -151,7 +151,7 @@ class _Joiner:
             return False
         if op.kind == "enter":
             # A slice of a stacked array is sharded like the whole; what else enters may be resharded outside.
-            return op.operands != () and len(op.rule.operands[0]) > len(op.rule.results[0])
+            return self.light[producer.id] and len(op.rule.operands[0]) > len(op.rule.results[0])
         if producer.kind == "argument":
             # An array that is read in several places keeps a sharding of its own (ZeRO needs that freedom).
             return len(self.consumers[value]) == 1
@@ -159,6 +159,15 @@ class _Joiner:
 
     def join_reductions(self) -> None:
         """A reduction whose result comes back to its operand's region (mean, max, norm) belongs to it."""
+        roots = self.components()
+        joined: dict[int, int] = {}
+
+        def root(op: int) -> int:
+            at = roots[op]
+            while at in joined:
+                at = joined[at]
+            return at
+
         for op in self.graph.ops:
             if not is_reduction(op) or op.operands[0] == NO_VALUE or len(op.results) != 1:
                 continue
@@ -166,14 +175,13 @@ class _Joiner:
             producer = self.graph.ops[value.producer]
             if value.constant or producer.kind == "argument" or not self.light[producer.id]:
                 continue
-            source = self.dims[producer.id][1][producer.results.index(value.id)]
-            readers = [self.dims[c][0][i] for c, i in self.consumers[op.results[0]] if self.light[c]]
-            mine = {self.factors.find(a) for dim in source for a in dim}
-            theirs = {self.factors.find(a) for dims in readers for dim in dims for a in dim}
-            if theirs & mine or (theirs and mine and self.component(mine) & self.component(theirs)):
-                self.unify(source, self.dims[op.id][0][0])
-                for dims in readers:
-                    self.unify(self.dims[op.id][1][0], dims)
+            readers = [(c, i) for c, i in self.consumers[op.results[0]] if self.light[c]]
+            if any(root(c) == root(producer.id) for c, _ in readers):
+                self.unify(self.dims[producer.id][1][producer.results.index(value.id)], self.dims[op.id][0][0])
+                for c, i in readers:
+                    self.unify(self.dims[op.id][1][0], self.dims[c][0][i])
+                    if root(c) != root(producer.id):
+                        joined[root(c)] = root(producer.id)
 
     def join_namesakes(self) -> None:
         """Joins atoms of one region that are the same dimension of the program but never meet in one value.
@@ -223,10 +231,6 @@ class _Joiner:
                             if a != b:
                                 parent[max(a, b)] = min(a, b)
         return [find(op.id) for op in self.graph.ops]
-
-    def component(self, atoms: Iterable[int]) -> set[int]:
-        """The ops whose values these atoms index."""
-        return {op for a in atoms for op, _ in self.where.get(a, ())}
 
     def unify(self, a: list[list[int]], b: list[list[int]], *, force: bool = False) -> None:
         """Joins two views of one value, dimension by dimension, wherever that is sound."""
