@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.memory import Lifetimes, peak
+from ffjax.cost.memory import Peak
 from ffjax.cost.region_costs import Splits, compute_seconds
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import CollectiveKind
@@ -41,7 +41,7 @@ class Estimate:
     """The largest arrays that are live at the peak, and their bytes."""
 
 
-def estimate(layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, times: Lifetimes) -> Estimate:
+def estimate(layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, peak: Peak) -> Estimate:
     """Prices one layout: the search's own costs, for one choice."""
     by_region: dict[int, list[Kernel]] = {}
     for kernel in kernels:
@@ -57,16 +57,15 @@ def estimate(layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, 
         entry[1] += planned.count * planned.collective.bytes
         entry[2] += planned.count * model.seconds(planned.collective)
     comm_s = sum(entry[2] for entry in totals.values())
-    most = peak(layout, times)
     return Estimate(
         step_s=compute_s + comm_s,
         compute_s=compute_s,
         comm_s=comm_s,
         exposed_comm_s=comm_s,
-        peak_bytes=most.bytes,
+        peak_bytes=peak.bytes,
         collectives=tuple(
             CollectiveTotal(kind=kind, axes=axes, count=count, bytes=size, seconds=seconds)
             for (kind, axes), (count, size, seconds) in sorted(totals.items(), key=lambda e: -e[1][2])
         ),
-        largest=most.live,
+        largest=peak.live,
     )

@@ -186,7 +186,7 @@ def describe(graph: Graph, value: int) -> str:
     entry = graph.values[value]
     producer = graph.ops[entry.producer]
     text = f"{entry.dtype}[{','.join(map(str, entry.shape))}]"
-    if producer.label:
+    if producer.kind == "argument":
         return f"{producer.label}: {text}"
     return f"{producer.kind} {text} at {graph.source(producer)}"
 

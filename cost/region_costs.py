@@ -27,7 +27,9 @@ class Splits:
 
     def __init__(self, region: Region, candidates: Sequence[Assignment], model: CollectiveModel) -> None:
         self.counts = np.ones((len(candidates), len(region.sizes) + 1))
-        atoms = np.array([c.atoms for c in candidates], dtype=np.int64).reshape(len(candidates), -1)
+        atoms = np.array([c.atoms for c in candidates], dtype=np.int64).reshape(
+            len(candidates), len(model.mesh.sizes)
+        )
         rows = np.arange(len(candidates))
         for axis, size in enumerate(model.mesh.sizes):
             # Unused axes write to the spare last column, which nobody reads.

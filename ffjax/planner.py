@@ -13,11 +13,9 @@ from ffjax import nnx
 from ffjax.cost.cluster import Cluster, parse_bytes
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
-from ffjax.cost.kernels import kernels
-from ffjax.cost.memory import lifetimes
 from ffjax.errors import BudgetError, ClusterError, PinError, PlanError, PlanMismatch
 from ffjax.ir.assignment import UNUSED, Assignment
-from ffjax.ir.graph import Graph, build_graph
+from ffjax.ir.graph import Graph, Op, build_graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Region, Regions, find_regions
 from ffjax.ir.rules import factor_name
@@ -168,10 +166,10 @@ def bind_program(plan: Plan, program: Program) -> Plan:
     return dataclasses.replace(plan, layout=layout)
 
 
-def fingerprint(regions: Regions) -> str:
+def fingerprint(regions: Regions, keys: Sequence[str] | None = None) -> str:
     """A hash of what a plan depends on: the ops, shapes, dtypes and how they are connected."""
     digest = hashlib.blake2b(digest_size=12)
-    for key in family_keys(regions):
+    for key in family_keys(regions) if keys is None else keys:
         digest.update(key.encode())
     for leaf in regions.graph.program.args + regions.graph.program.results:
         digest.update(str(leaf).encode())
@@ -236,7 +234,7 @@ def _report(
 
     return Plan(
         program=program.name,
-        fingerprint=fingerprint(regions),
+        fingerprint=fingerprint(regions, result.keys),
         cluster=cluster.name,
         devices=cluster.devices,
         strategy=strategy,
@@ -250,7 +248,7 @@ def _report(
             for leaf, op in zip(program.results, graph.outputs, strict=True)
         ),
         decisions=tuple(_decisions(regions, best, result.keys, others)),
-        estimate=estimate(layout, kernels(regions), model, lifetimes(graph)),
+        estimate=estimate(layout, result.kernels, model, best.peak),
         search=_search_report(result, strategy, seconds),
         layout=layout,
     )
@@ -297,19 +295,16 @@ def _text(split: Mapping[str, str], scatter: Mapping[str, int]) -> str:
 
 
 def _subject(graph: Graph, region: Region) -> tuple[str, str]:
-    """The source line and the kind of a region's largest op; an argument is named by its path."""
-    first = graph.ops[region.ops[0]]
-    if first.kind == "argument":
-        value = graph.values[first.results[0]]
-        return first.label, f"argument {value.dtype}{list(value.shape)}"
-    heaviest = max(
-        (graph.ops[i] for i in region.ops),
-        key=lambda op: max((graph.values[v].bytes for v in op.results), default=0.0),
-    )
-    shapes = [list(graph.values[v].shape) for v in heaviest.results[:1]]
-    dtype = graph.values[heaviest.results[0]].dtype if heaviest.results else ""
+    """The source line (or the path, of an argument) and the kind of a region's largest op."""
+    def size(op: Op) -> float:
+        return max((graph.values[v].bytes for v in op.results), default=0.0)
+
+    heaviest = max((graph.ops[i] for i in region.ops), key=size)
+    if not heaviest.results:
+        return heaviest.label, heaviest.kind
+    value = graph.values[heaviest.results[0]]
     more = f" and {len(region.ops) - 1} more" if len(region.ops) > 1 else ""
-    return graph.source(heaviest), f"{heaviest.kind} {dtype}{shapes[0] if shapes else ''}{more}"
+    return graph.source(heaviest), f"{heaviest.kind} {value.dtype}{list(value.shape)}{more}"
 
 
 def _search_report(result: SearchResult, strategy: str, seconds: dict[str, float]) -> SearchReport:

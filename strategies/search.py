@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
-from ffjax.cost.kernels import kernels
+from ffjax.cost.kernels import Kernel, kernels
 from ffjax.cost.memory import Lifetimes, MemoryModel, Peak, lifetimes
 from ffjax.ir.dims import named_dims
 from ffjax.ir.layout import Layout
@@ -66,6 +66,8 @@ class SearchResult:
     found: tuple[Found, ...]
     seconds: dict[str, float]
     keys: tuple[str, ...]
+    """The family of each region."""
+    kernels: tuple[Kernel, ...]
 
 
 Progress = Callable[[str, float], None]
@@ -136,7 +138,13 @@ def search(
         "named strategies": restricted - analysed,
         "free search": finished - restricted,
     }
-    return SearchResult(best=best, found=tuple(found), seconds=seconds, keys=tuple(search_.keys))
+    return SearchResult(
+        best=best,
+        found=tuple(found),
+        seconds=seconds,
+        keys=tuple(search_.keys),
+        kernels=tuple(search_.kernels),
+    )
 
 
 def _natural(strategy: Strategy, meshes: Sequence[MeshShape]) -> list[MeshShape]:

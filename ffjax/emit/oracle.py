@@ -50,6 +50,7 @@ _AXES_ATTRIBUTE = {
     "sdy.reduce_scatter": "reduce_scatter_axes",
     "sdy.all_to_all": "params",
 }
+_MESH = re.compile(r"<@(\w+)")
 _AXIS = re.compile(r'"([^"]+)"(?::\((\d+)\)(\d+))?')
 
 Layout: TypeAlias = list[list[Part]]
@@ -72,8 +73,27 @@ def explicit_collectives(lowered: jax.stages.Lowered | str) -> list[CountedColle
             module = ir.Module.parse(lowered, context=context).operation
     else:
         module = cast(ir.Module, lowered.compiler_ir("stablehlo")).operation.clone().operation
+    _unplace(module)
     run_passes(module, PROPAGATE)
     return collectives_in(module)
+
+
+def _unplace(module: ir.Operation) -> None:
+    """Drops the shardings that put an op on a single device (a host callback's): the passes know no way from there."""
+    with module.context:
+        single = {
+            _symbol(op.attributes["sym_name"])
+            for op in _ops(module)
+            if op.name == "sdy.mesh" and not sdy.MeshAttr(op.attributes["mesh"]).axes
+        }
+
+        def visit(op: ir.Operation) -> ir.WalkResult:
+            if "sdy.sharding" in op.attributes and single & set(_MESH.findall(str(op.attributes["sdy.sharding"]))):
+                del op.attributes["sdy.sharding"]
+            return ir.WalkResult.ADVANCE
+
+        if single:
+            module.walk(visit)
 
 
 def run_passes(module: ir.Operation, pipeline: str) -> None:

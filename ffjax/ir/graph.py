@@ -187,7 +187,7 @@ class _Builder:
                         for value in results:
                             self.graph.values[value].constant = True
 
-    def enter(self, operand: int, var: Var, scope: int, *, stacked: bool = False) -> int:
+    def enter(self, eqn: JaxprEqn, operand: int, var: Var, scope: int, *, stacked: bool = False) -> int:
         """The op that brings a value into a body; a stacked one loses its leading dimension."""
         value = self.value(var, scope)
         # A branch reshards what it reads itself, inside: the other branch, when that runs, need not.
@@ -197,11 +197,11 @@ class _Builder:
             rule = _unstack(self.graph.values[operand].shape) if stacked else identity(self.shape(value))
         else:
             rule = identity(self.shape(value))
-        op = self.op("enter", (operand,), (value,), rule, outer)
+        op = self.op("enter", (operand,), (value,), rule, outer, label=compat.source_line(eqn))
         self.graph.scopes[scope].enter.append(op)
         return op
 
-    def leave(self, atom: object, var: Var | None, scope: int, *, stacked: bool = False) -> int:
+    def leave(self, eqn: JaxprEqn, atom: object, var: Var | None, scope: int, *, stacked: bool = False) -> int:
         """The op that takes a body's result out, into `var` if it is the one that makes it."""
         operand = self.read(atom)
         outer = self.graph.scopes[scope].parent
@@ -217,7 +217,7 @@ class _Builder:
             )
         else:
             rule = identity(shape, 1, len(results))
-        op = self.op("exit", (operand,), results, rule, scope)
+        op = self.op("exit", (operand,), results, rule, scope, label=compat.source_line(eqn))
         self.graph.scopes[scope].exit.append(op)
         return op
 
@@ -231,12 +231,12 @@ class _Builder:
         self.graph.scopes_of[id(eqn)] = [scope]
         consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
         enters = [
-            self.enter(self.read(atom), var, scope, stacked=i >= consts + carries)
+            self.enter(eqn, self.read(atom), var, scope, stacked=i >= consts + carries)
             for i, (atom, var) in enumerate(zip(eqn.invars, jaxpr.invars, strict=True))
         ]
         self.body(jaxpr, scope)
         for i, (atom, var) in enumerate(zip(jaxpr.outvars, eqn.outvars, strict=True)):
-            leave = self.leave(atom, var, scope, stacked=i >= carries)
+            leave = self.leave(eqn, atom, var, scope, stacked=i >= carries)
             if i < carries:
                 self.tie((enters[consts + i], "result", 0), (leave, "operand", 0))
 
@@ -248,14 +248,14 @@ class _Builder:
         self.graph.scopes_of[id(eqn)] = scopes
         init = list(eqn.invars[nc + nb :])
         enters = [
-            [self.enter(self.read(a), v, scope) for a, v in zip(list(atoms) + init, jaxpr.invars, strict=True)]
+            [self.enter(eqn, self.read(a), v, scope) for a, v in zip(list(atoms) + init, jaxpr.invars, strict=True)]
             for scope, jaxpr, atoms in ((scopes[0], cond, eqn.invars[:nc]), (scopes[1], body, eqn.invars[nc : nc + nb]))
         ]
         self.body(cond, scopes[0])
-        self.leave(cond.outvars[0], None, scopes[0])
+        self.leave(eqn, cond.outvars[0], None, scopes[0])
         self.body(body, scopes[1])
         for i, (atom, var) in enumerate(zip(body.outvars, eqn.outvars, strict=True)):
-            leave = self.leave(atom, var, scopes[1])
+            leave = self.leave(eqn, atom, var, scopes[1])
             self.tie((enters[1][nb + i], "result", 0), (leave, "operand", 0))
             self.tie((enters[1][nb + i], "result", 0), (enters[0][nc + i], "result", 0))
 
@@ -267,12 +267,12 @@ class _Builder:
         leaves: list[list[int]] = []
         for scope, jaxpr in zip(scopes, branches, strict=True):
             for atom, var in zip(eqn.invars[1:], jaxpr.invars, strict=True):
-                self.enter(self.read(atom), var, scope)
+                self.enter(eqn, self.read(atom), var, scope)
             self.body(jaxpr, scope)
             last = scope == scopes[-1]
             leaves.append(
                 [
-                    self.leave(atom, var if last else None, scope)
+                    self.leave(eqn, atom, var if last else None, scope)
                     for atom, var in zip(jaxpr.outvars, eqn.outvars, strict=True)
                 ]
             )
@@ -285,10 +285,10 @@ class _Builder:
         scope = self.scope(parent=outer, kind="remat", trips=self.graph.scopes[outer].trips)
         self.graph.scopes_of[id(eqn)] = [scope]
         for atom, var in zip(eqn.invars, jaxpr.invars, strict=True):
-            self.enter(self.read(atom), var, scope)
+            self.enter(eqn, self.read(atom), var, scope)
         self.body(jaxpr, scope)
         for atom, var in zip(jaxpr.outvars, eqn.outvars, strict=True):
-            self.leave(atom, var, scope)
+            self.leave(eqn, atom, var, scope)
 
 
 def _unstack(shape: tuple[int, ...]) -> OpShardingRule:

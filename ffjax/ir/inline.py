@@ -8,13 +8,24 @@ Arrays that the program closes over, at any depth, become its leading arguments,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from ffjax.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, eliminate_dead_code, with_equations
+from ffjax.errors import FfjaxWarning
+from ffjax.ir.compat import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    eliminate_dead_code,
+    source_line,
+    with_equations,
+)
 
 Atom = Var | Literal
 Array = jax.Array | np.ndarray
@@ -33,8 +44,19 @@ _CALLS = {
 
 
 def inline(closed: ClosedJaxpr) -> tuple[Jaxpr, tuple[Array, ...]]:
-    """Returns `(jaxpr, closures)`: the jaxpr takes the arrays `closures` first, then its own arguments."""
-    jaxpr, closures = _Body(closed.jaxpr, closed.consts).build()
+    """Returns `(jaxpr, closures)`: the jaxpr takes the arrays `closures` first, then its own arguments.
+
+    Sharding constraints, which name a mesh that is not the plan's, are left out; one `FfjaxWarning` lists their lines.
+    """
+    dropped: dict[str, None] = {}
+    jaxpr, closures = _Body(closed.jaxpr, closed.consts, dropped).build()
+    if dropped:
+        warnings.warn(
+            f"the step has sharding constraints of its own, which are left out: the plan decides ({', '.join(dropped)}). "
+            "Remedy: remove them; what must stay as it is can be pinned (pins=)",
+            FfjaxWarning,
+            stacklevel=2,
+        )
     return eliminate_dead_code(jaxpr), closures
 
 
@@ -48,8 +70,9 @@ def is_barrier(eqn: JaxprEqn) -> bool:
 class _Body:
     """One jaxpr on its way to being flat: fresh variables, lifted constants, new equations."""
 
-    def __init__(self, jaxpr: Jaxpr, consts: Iterable[Array]) -> None:
+    def __init__(self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: dict[str, None]) -> None:
         self.jaxpr = jaxpr
+        self.dropped = dropped
         self.eqns: list[JaxprEqn] = []
         self.lifted: dict[int, tuple[Array, Var]] = {}
         self.env: dict[Var, Atom] = {}
@@ -84,6 +107,9 @@ class _Body:
             name = eqn.primitive.name
             if name in _CALLS and not is_barrier(eqn):
                 results = self.call(eqn.params[_CALLS[name]], operands)
+            elif name == "sharding_constraint":
+                self.dropped[source_line(eqn)] = None
+                results = operands
             else:
                 params, extra = self.params(eqn)
                 operands = _insert(eqn, operands, extra)
@@ -112,7 +138,7 @@ class _Body:
 
         def flat(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, list[Atom]]:
             jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
-            new, arrays = _Body(jaxpr, consts).build()
+            new, arrays = _Body(jaxpr, consts, self.dropped).build()
             lifted = [self.lift(a, v.aval) for a, v in zip(arrays, new.invars, strict=False)]
             return new, lifted
 
@@ -136,7 +162,7 @@ class _Body:
 
     def branches(self, branches: Iterable[ClosedJaxpr]) -> tuple[tuple[ClosedJaxpr, ...], list[Atom]]:
         """All branches take the same operands, so each gets the constants of all, in front."""
-        flat = [_Body(b.jaxpr, b.consts).build() for b in branches]
+        flat = [_Body(b.jaxpr, b.consts, self.dropped).build() for b in branches]
         shared = {id(a): (a, v.aval) for j, arrays in flat for a, v in zip(arrays, j.invars, strict=False)}
         made = []
         for jaxpr, arrays in flat:
