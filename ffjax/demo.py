@@ -186,7 +186,9 @@ def _figures(runs: Sequence[Run]) -> Table:
     def predicted(figure: Callable[[Estimate], str]) -> list[str]:
         return ["-" if run.plan is None else figure(run.plan.estimate) for run in runs]
 
-    meshes = ["-" if run.plan is None else ", ".join(f"{a}={n}" for a, n in run.plan.mesh_shape.items()) for run in runs]
+    meshes = [
+        "-" if run.plan is None else ", ".join(f"{a}={n}" for a, n in run.plan.mesh_shape.items()) for run in runs
+    ]
     table.add_row("mesh", *meshes)
     table.add_row("predicted time", *predicted(lambda e: seconds_text(e.step_s)))
     table.add_row("  of it communication", *predicted(lambda e: seconds_text(e.exposed_comm_s)))

@@ -17,16 +17,16 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     limit = None if details else MOST_LINES
     lines = [
         f"{plan.program} on {plan.devices} devices of {plan.cluster!r}, mesh {plan.mesh_shape}, strategy {plan.strategy}",
-        f"  step {_s(figures.step_s)} = compute {_s(figures.compute_s)} + communication {_s(figures.exposed_comm_s)}",
-        f"  peak {_b(figures.peak_bytes)} of {_b(plan.budget_bytes)} per device",
+        f"  step {seconds_text(figures.step_s)} = compute {seconds_text(figures.compute_s)} + communication {seconds_text(figures.exposed_comm_s)}",
+        f"  peak {bytes_text(figures.peak_bytes)} of {bytes_text(plan.budget_bytes)} per device",
         f"  found by {search.algorithm} in {search.seconds.get('total', 0.0):.1f}s: "
-        f"bound {_s(search.lower_bound_s)}, gap {search.gap:.2%}, {search.stop}",
+        f"bound {seconds_text(search.lower_bound_s)}, gap {search.gap:.2%}, {search.stop}",
         "",
         "collectives of one step, per device",
     ]
     lines += _table(
         [
-            (c.kind, "*".join(c.axes), f"{c.count:g} x", _b(c.bytes), _s(c.seconds))
+            (c.kind, "*".join(c.axes), f"{c.count:g} x", bytes_text(c.bytes), seconds_text(c.seconds))
             for c in figures.collectives[:limit]
         ],
         empty="none",
@@ -36,7 +36,7 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     lines += ["", "what costs most, and the runner-up (all members of a family together)"]
     hot = sorted(plan.decisions, key=lambda d: -d.seconds)
     lines += _table(
-        [(_s(d.seconds), f"{d.members} x", _split(d), d.what, _short(d.where), _runner_up(d)) for d in hot[:limit]],
+        [(seconds_text(d.seconds), f"{d.members} x", _split(d), d.what, _short(d.where), _runner_up(d)) for d in hot[:limit]],
         empty="nothing",
     )
     close = sorted((d for d in plan.decisions if d.runner_up), key=lambda d: d.runner_up_extra_s)
@@ -44,11 +44,11 @@ def explain(plan: Plan, *, details: bool = False) -> str:
         lines += ["", "closest calls"]
         lines += _table([(_split(d), d.what, _short(d.where), _runner_up(d)) for d in close[:MOST_LINES]], empty="none")
     lines += ["", "largest arrays alive at the peak"]
-    lines += _table([(_b(size), what) for what, size in figures.largest[:6]], empty="none")
+    lines += _table([(bytes_text(size), what) for what, size in figures.largest[:6]], empty="none")
     lines += ["", "the strategies, each on its best mesh"]
     best: dict[str, tuple[str, ...]] = {}
     for c in sorted(search.competitors, key=lambda c: (not c.fits, c.step_s)):
-        row = (c.strategy, c.mesh, _s(c.step_s), _b(c.peak_bytes), "" if c.fits else "does not fit")
+        row = (c.strategy, c.mesh, seconds_text(c.step_s), bytes_text(c.peak_bytes), "" if c.fits else "does not fit")
         best.setdefault(c.strategy, row)
     lines += _table(list(best.values()), empty="none")
     return "\n".join(lines) + "\n"
@@ -80,8 +80,8 @@ def diff(a: Plan, b: Plan) -> str:
             "absent" if two is None else _split(two),
         )
     if lines:
-        change("step", _s(a.estimate.step_s), _s(b.estimate.step_s))
-        change("peak", _b(a.estimate.peak_bytes), _b(b.estimate.peak_bytes))
+        change("step", seconds_text(a.estimate.step_s), seconds_text(b.estimate.step_s))
+        change("peak", bytes_text(a.estimate.peak_bytes), bytes_text(b.estimate.peak_bytes))
     return "\n".join(lines) + "\n" * bool(lines)
 
 
@@ -107,7 +107,7 @@ def _split(decision: Decision) -> str:
 
 
 def _runner_up(decision: Decision) -> str:
-    return f"else {decision.runner_up}: +{_s(decision.runner_up_extra_s)}" if decision.runner_up else "no other"
+    return f"else {decision.runner_up}: +{seconds_text(decision.runner_up_extra_s)}" if decision.runner_up else "no other"
 
 
 def _short(where: str) -> str:
@@ -116,14 +116,16 @@ def _short(where: str) -> str:
     return "/".join(file.split("/")[-2:]) + colon + line if colon and line.isdigit() else where
 
 
-def _s(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """Three digits with the unit that fits: `4.96 ms`."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if abs(seconds) >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
 
 
-def _b(size: float) -> str:
+def bytes_text(size: float) -> str:
+    """Three digits with the unit that fits: `1.51 MiB`."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"

@@ -198,7 +198,11 @@ def _replaced(config: object, cls: type, where: str, settings: Mapping[str, str]
     def replaced() -> object:
         return dataclasses.replace(config, **values)  # type: ignore[type-var]  # `_config` checked the class
 
-    return _guarded(replaced, (), f"{where}:Config with {', '.join(f'{n}={v}' for n, v in settings.items())}") if values else config
+    return (
+        _guarded(replaced, (), f"{where}:Config with {', '.join(f'{n}={v}' for n, v in settings.items())}")
+        if values
+        else config
+    )
 
 
 def read_value(text: str, kind: object) -> object:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
 from ffjax.ir.compose import PERMUTATION
-from ffjax.ir.regions import Region, Regions
+from ffjax.ir.regions import Region, Regions, ends_in_its_sum
 from ffjax.ir.spec import MeshShape, divides
 
 MOST_ATOMS = {0: 1, 1: 32, 2: 9, 3: 6}
@@ -30,7 +30,7 @@ def candidates(
 ) -> list[Assignment]:
     """All assignments of a region that `allow` and `keep` leave; the one that uses no axis first."""
     atoms = considered(regions, region, len(mesh.sizes))
-    single = region.solo and len(region.dims[0].results) == 1
+    single = region.solo and len(region.dims[0].results) == 1 and ends_in_its_sum(regions.graph.ops[region.ops[0]])
     reduced = set(region.dims[0].reduced) if region.solo else set()
     result = region.dims[0].results[0] if single else ()
     shape = regions.graph.values[regions.graph.ops[region.ops[0]].results[0]].shape if single else ()

@@ -3,7 +3,8 @@
 1. Every named strategy that has a use for a mesh is solved on every mesh; restricted problems are small.
 2. On the meshes where they did best the free problem is solved: exactly (`ilp.solve`), or, where it is too large for
    that, in neighbourhoods of the best named solutions (`neighbourhood`).
-3. The answer is the fastest that fits. The free space contains every strategy, so it is never worse than the best of
+3. Where nothing fits, memory is minimised instead: what needs least may fit after all, or says what budget would do.
+4. The answer is the fastest that fits. The free space contains every strategy, so it is never worse than the best of
    them under the same costs; where only neighbourhoods were searched, the strategies themselves still compete.
 """
 
@@ -22,7 +23,7 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
-from ffjax.strategies.budget import Fit, solve_within
+from ffjax.strategies.budget import Fit, solve_least, solve_within
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.ilp import Instant, Solution, solve
@@ -128,9 +129,17 @@ def search(
             result = search_.free(mesh, [f for f in found if f.mesh == mesh])
             if result is not None:
                 found.append(result)
-    finished = time.perf_counter()
     if not found:
-        raise ValueError("no candidate is left on any mesh; loosen the pins")
+        raise ValueError(f"no candidate is left for strategy {strategy!r} on any mesh; loosen the pins")
+    if not any(f.fits for f in found):
+        if progress:
+            progress("nothing fits: minimising memory", 1.0)
+        if strategy == AUTO:
+            least = [search_.free(m, [f for f in found if f.mesh == m], least=True) for m in meshes]
+        else:
+            least = [search_.restricted(entry, m, roles, least=True) for entry, m, roles in pairs]
+        found += [f for f in least if f is not None]
+    finished = time.perf_counter()
     fitting = [f for f in found if f.fits]
     best = min(fitting, key=lambda f: f.step_s) if fitting else min(found, key=lambda f: f.peak.bytes)
     seconds = {
@@ -186,8 +195,10 @@ class _Search:
         self.times: Lifetimes = lifetimes(regions.graph)
         self.memory = MemoryModel(regions, self.times, self.keys)
 
-    def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role]) -> Found | None:
-        """The best plan of a named strategy on one mesh."""
+    def restricted(
+        self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, least: bool = False
+    ) -> Found | None:
+        """The best plan of a named strategy on one mesh; with `least`, by memory before time."""
         began = time.perf_counter()
         rules = Roles(self.regions, self.dims, mesh, roles)
         pins = self.keep(mesh) if self.keep is not None else None
@@ -197,11 +208,12 @@ class _Search:
         if any(not node.candidates for node in problem.nodes):
             return None
         allowed = rules.forbid(problem)
-        fit = solve_within(allowed, self.budget_bytes, self.memory, self.times, lambda p, i: solve(p, instants=i))
+        within = solve_least if least else solve_within
+        fit = within(allowed, self.budget_bytes, self.memory, self.times, _solve)
         return self._found(strategy.name, problem, fit, exact=True, began=began)
 
-    def free(self, mesh: MeshShape, starts: Sequence[Found]) -> Found | None:
-        """The best plan of the whole space on one mesh."""
+    def free(self, mesh: MeshShape, starts: Sequence[Found], *, least: bool = False) -> Found | None:
+        """The best plan of the whole space on one mesh; with `least`, by memory before time."""
         began = time.perf_counter()
         pins = self.keep(mesh) if self.keep is not None else None
         problem = build_problem(self.regions, self.keys, self.kernels, CollectiveModel(mesh, self.cluster), None, pins)
@@ -210,11 +222,14 @@ class _Search:
         cells = sum(t.seconds.size * len(t.consumers) for t in problem.transfers)
         exact = cells <= EXACT_CELLS or not starts
 
-        def solver(p: Problem, instants: Sequence[Instant]) -> Solution | None:
+        def solver(p: Problem, instants: Sequence[Instant], least: bool) -> Solution | None:
             if exact:
-                return solve(p, instants=instants)
-            return solve_near(p, [s.layout.assignments for s in starts], instants)
+                return _solve(p, instants, least)
+            return solve_near(p, [s.layout.assignments for s in starts], instants, least=least)
 
+        if least:
+            fit = solve_least(problem, self.budget_bytes, self.memory, self.times, solver)
+            return self._found(AUTO, problem, fit, exact=exact, began=began)
         pruned, _ = prune(problem)
         fit = solve_within(pruned, self.budget_bytes, self.memory, self.times, solver)
         if fit is not None and not fit.fits:
@@ -242,6 +257,10 @@ class _Search:
             choice=fit.solution.choice,
             layout=fit.layout,
         )
+
+
+def _solve(problem: Problem, instants: Sequence[Instant], least: bool) -> Solution | None:
+    return solve(problem, instants=instants, least=least)
 
 
 def _both(first: Keep | None, second: Keep | None) -> Keep | None:

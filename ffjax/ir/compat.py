@@ -24,6 +24,16 @@ def source_line(eqn: core.JaxprEqn) -> str:
     return "<unknown>" if frame is None else f"{frame.file_name}:{frame.start_line}"
 
 
+def placed(eqn: core.JaxprEqn, call: core.JaxprEqn | None) -> core.JaxprEqn:
+    """The equation at the line of the call that it was in, if no line of the user's is known for itself.
+
+    JAX traces the body of a jitted library function without the lines that call it.
+    """
+    if call is None or source_info_util.user_frame(eqn.source_info.traceback) is not None:
+        return eqn
+    return eqn.replace(source_info=eqn.source_info.replace(traceback=call.source_info.traceback))
+
+
 def user_context(eqn: core.JaxprEqn):  # type: ignore[no-untyped-def]
     """A context in which new equations take this one's source line and scope name."""
     info = eqn.source_info

@@ -266,8 +266,10 @@ class _Builder:
         self.graph.scopes_of[id(eqn)] = scopes
         leaves: list[list[int]] = []
         for scope, jaxpr in zip(scopes, branches, strict=True):
+            # All branches take the same operands; what only another one reads does not enter this one.
+            read = {v for inner in jaxpr.eqns for v in inner.invars if isinstance(v, Var)} | set(jaxpr.outvars)
             for atom, var in zip(eqn.invars[1:], jaxpr.invars, strict=True):
-                self.enter(eqn, self.read(atom), var, scope)
+                self.enter(eqn, self.read(atom) if var in read else NO_VALUE, var, scope)
             self.body(jaxpr, scope)
             last = scope == scopes[-1]
             leaves.append(

@@ -23,6 +23,7 @@ from ffjax.ir.compat import (
     Literal,
     Var,
     eliminate_dead_code,
+    placed,
     source_line,
     with_equations,
 )
@@ -70,9 +71,12 @@ def is_barrier(eqn: JaxprEqn) -> bool:
 class _Body:
     """One jaxpr on its way to being flat: fresh variables, lifted constants, new equations."""
 
-    def __init__(self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: dict[str, None]) -> None:
+    def __init__(
+        self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: dict[str, None], caller: JaxprEqn | None = None
+    ) -> None:
         self.jaxpr = jaxpr
         self.dropped = dropped
+        self.caller = caller
         self.eqns: list[JaxprEqn] = []
         self.lifted: dict[int, tuple[Array, Var]] = {}
         self.env: dict[Var, Atom] = {}
@@ -103,10 +107,11 @@ class _Body:
 
     def add(self, jaxpr: Jaxpr, env: dict[Var, Atom]) -> None:
         for eqn in jaxpr.eqns:
+            eqn = placed(eqn, self.caller)  # noqa: PLW2901
             operands = [self.read(v, env) for v in eqn.invars]
             name = eqn.primitive.name
             if name in _CALLS and not is_barrier(eqn):
-                results = self.call(eqn.params[_CALLS[name]], operands)
+                results = self.call(eqn, operands)
             elif name == "sharding_constraint":
                 self.dropped[source_line(eqn)] = None
                 results = operands
@@ -124,11 +129,14 @@ class _Body:
                     results = list(fresh)
             env.update(zip(eqn.outvars, results, strict=True))
 
-    def call(self, body: Jaxpr | ClosedJaxpr, operands: list[Atom]) -> list[Atom]:
+    def call(self, eqn: JaxprEqn, operands: list[Atom]) -> list[Atom]:
+        body: Jaxpr | ClosedJaxpr = eqn.params[_CALLS[eqn.primitive.name]]
         jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
         env: dict[Var, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update((v, self.lift(c, v.aval)) for v, c in zip(jaxpr.constvars, consts, strict=True))
+        caller, self.caller = self.caller, eqn
         self.add(jaxpr, env)
+        self.caller = caller
         return [self.read(v, env) for v in jaxpr.outvars]
 
     def params(self, eqn: JaxprEqn) -> tuple[dict[str, Any], dict[str, list[Atom]]]:
@@ -138,7 +146,7 @@ class _Body:
 
         def flat(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, list[Atom]]:
             jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
-            new, arrays = _Body(jaxpr, consts, self.dropped).build()
+            new, arrays = _Body(jaxpr, consts, self.dropped, eqn).build()
             lifted = [self.lift(a, v.aval) for a, v in zip(arrays, new.invars, strict=False)]
             return new, lifted
 
@@ -155,14 +163,14 @@ class _Body:
                     params[f"{part}_jaxpr"] = ClosedJaxpr(jaxpr, ())
                     params[f"{part}_nconsts"] += len(extra[part])
             case "cond":
-                params["branches"], extra["branches"] = self.branches(params["branches"])
+                params["branches"], extra["branches"] = self.branches(eqn)
             case "remat2" | "checkpoint":
                 params["jaxpr"], extra["jaxpr"] = flat(params["jaxpr"])
         return params, extra
 
-    def branches(self, branches: Iterable[ClosedJaxpr]) -> tuple[tuple[ClosedJaxpr, ...], list[Atom]]:
+    def branches(self, eqn: JaxprEqn) -> tuple[tuple[ClosedJaxpr, ...], list[Atom]]:
         """All branches take the same operands, so each gets the constants of all, in front."""
-        flat = [_Body(b.jaxpr, b.consts, self.dropped).build() for b in branches]
+        flat = [_Body(b.jaxpr, b.consts, self.dropped, eqn).build() for b in eqn.params["branches"]]
         shared = {id(a): (a, v.aval) for j, arrays in flat for a, v in zip(arrays, j.invars, strict=False)}
         made = []
         for jaxpr, arrays in flat:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from jax.lax import GatherScatterMode
+
 from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, Factors
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 
@@ -100,6 +102,15 @@ def is_light(op: Op) -> bool:
     if op.kind in _WORK or is_reduction(op):
         return False
     return all(len(dim) <= 1 for value in op.rule.operands + op.rule.results for dim in value)
+
+
+def ends_in_its_sum(op: Op) -> bool:
+    """Whether an op's partial sums are its result as it lowers, so that they can be scattered where they are summed.
+
+    A gather that fills what is out of bounds masks its result after the all-reduce.
+    """
+    mode = None if op.eqn is None else op.eqn.params.get("mode")
+    return op.kind != "gather" or mode != GatherScatterMode.FILL_OR_DROP
 
 
 class _Joiner:
