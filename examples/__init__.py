@@ -1,1 +1,1 @@
-"""Ordinary single-device JAX training programs, importable as `ffjax.examples.gpt` and so on; see README.md beside it."""
+"""Ordinary single-device JAX training programs: `ffjax.examples.gpt` and so on; see README.md beside this file."""

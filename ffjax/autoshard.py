@@ -198,7 +198,22 @@ def _dtype(leaf: Any) -> Any:
 
 
 @overload
-def autoshard(step: Callable[..., Any], /) -> Sharded: ...
+def autoshard(
+    step: Callable[..., Any],
+    /,
+    *,
+    cluster: Cluster | None = None,
+    memory: str | float | None = None,
+    strategy: str = AUTO,
+    mesh: Mapping[str, int] | None = None,
+    pins: Mapping[str, PartitionSpec] | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+    devices: Sequence[jax.Device] | None = None,
+    progress: Progress | None = None,
+) -> Sharded: ...
 @overload
 def autoshard(
     step: None = None,

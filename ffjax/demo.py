@@ -39,8 +39,11 @@ STRATEGIES = ("data_parallel", AUTO)
 RTOL = 1e-4
 """Of the loss, as `ffjax.testing` has it for float32."""
 CHECKED_STEPS = 30
-"""Training amplifies rounding: after some dozens of steps any change of the order of sums shows. The rest is only shown."""
+"""Training amplifies rounding: in time any change in the order of sums shows, so later steps decide nothing."""
 SHOWN_STEPS = 6
+NOTES = """\
+Predicted times are those of devices of their own. Fake devices share this machine's cores, so measured times only show
+that the sharded steps run. The compiler merges collectives: compare their bytes, not how many there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,7 @@ def run_demo(config_name: str, steps: int, devices: int, progress: Progress) -> 
     gpt = example()
     fake_devices(devices)
     config = getattr(gpt.Config, config_name)()
-    step = gpt.make_train_step(config)
+    step: Callable[..., object] = gpt.make_train_step(config)
     shapes = gpt.example_args(config)
     initial = gpt.init(config, jax.random.key(0))
     batches = [batch for batch, _ in zip(gpt.batches(config), range(steps), strict=False)]
@@ -141,16 +144,12 @@ def report(runs: Sequence[Run], console: Console) -> None:
     """Prints the runs side by side, and the plan that the search found."""
     for table in (_curves(runs), _figures(runs), _collectives(runs)):
         console.print(table)
-    console.print(
-        "Fake devices share this machine's cores, so measured times say nothing of a cluster: they show that the sharded\n"
-        "steps run. Predicted times are those of a device of its own for each.",
-        highlight=False,
-    )
+    console.print(NOTES, highlight=False)
     for run in runs:
         if run.plan is not None and run.plan.strategy == AUTO:
             console.print("\nThe plan found\n", style="bold")
-            # As it is: rich would take the brackets of shapes for markup.
-            console.print(run.plan.explain(), markup=False, highlight=False, soft_wrap=True)
+            # As it is: rich would take `[...]` of shapes and `:m:` of factors for markup and emoji.
+            console.out(run.plan.explain(), highlight=False)
 
 
 def verdict(runs: Sequence[Run]) -> str:
@@ -186,10 +185,8 @@ def _figures(runs: Sequence[Run]) -> Table:
     def predicted(figure: Callable[[Estimate], str]) -> list[str]:
         return ["-" if run.plan is None else figure(run.plan.estimate) for run in runs]
 
-    meshes = [
-        "-" if run.plan is None else ", ".join(f"{a}={n}" for a, n in run.plan.mesh_shape.items()) for run in runs
-    ]
-    table.add_row("mesh", *meshes)
+    meshes = [{} if run.plan is None else run.plan.mesh_shape for run in runs]
+    table.add_row("mesh", *(", ".join(f"{a}={n}" for a, n in mesh.items()) or "-" for mesh in meshes))
     table.add_row("predicted time", *predicted(lambda e: seconds_text(e.step_s)))
     table.add_row("  of it communication", *predicted(lambda e: seconds_text(e.exposed_comm_s)))
     table.add_row("measured time", *(seconds_text(run.measured_s) for run in runs))

@@ -16,8 +16,10 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     figures, search = plan.estimate, plan.search
     limit = None if details else MOST_LINES
     lines = [
-        f"{plan.program} on {plan.devices} devices of {plan.cluster!r}, mesh {plan.mesh_shape}, strategy {plan.strategy}",
-        f"  step {seconds_text(figures.step_s)} = compute {seconds_text(figures.compute_s)} + communication {seconds_text(figures.exposed_comm_s)}",
+        f"{plan.program} on {plan.devices} devices of {plan.cluster!r}, "
+        f"mesh {plan.mesh_shape}, strategy {plan.strategy}",
+        f"  step {seconds_text(figures.step_s)} = compute {seconds_text(figures.compute_s)} "
+        f"+ communication {seconds_text(figures.exposed_comm_s)}",
         f"  peak {bytes_text(figures.peak_bytes)} of {bytes_text(plan.budget_bytes)} per device",
         f"  found by {search.algorithm} in {search.seconds.get('total', 0.0):.1f}s: "
         f"bound {seconds_text(search.lower_bound_s)}, gap {search.gap:.2%}, {search.stop}",
@@ -36,7 +38,10 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     lines += ["", "what costs most, and the runner-up (all members of a family together)"]
     hot = sorted(plan.decisions, key=lambda d: -d.seconds)
     lines += _table(
-        [(seconds_text(d.seconds), f"{d.members} x", _split(d), d.what, _short(d.where), _runner_up(d)) for d in hot[:limit]],
+        [
+            (seconds_text(d.seconds), f"{d.members} x", _split(d), d.what, _short(d.where), _runner_up(d))
+            for d in hot[:limit]
+        ],
         empty="nothing",
     )
     close = sorted((d for d in plan.decisions if d.runner_up), key=lambda d: d.runner_up_extra_s)
@@ -100,14 +105,17 @@ def _collapsed(placements: Sequence[Placement]) -> Iterable[tuple[str, str, str]
 
 def _split(decision: Decision) -> str:
     parts = [
-        f"{axis}:{factor}={decision.factors[factor]}" + (f"->dim {decision.scatter[axis]}" if axis in decision.scatter else "")
+        f"{axis}:{factor}={decision.factors[factor]}"
+        + (f"->dim {decision.scatter[axis]}" if axis in decision.scatter else "")
         for axis, factor in decision.split.items()
     ]
     return " ".join(parts) or "whole"
 
 
 def _runner_up(decision: Decision) -> str:
-    return f"else {decision.runner_up}: +{seconds_text(decision.runner_up_extra_s)}" if decision.runner_up else "no other"
+    if not decision.runner_up:
+        return "no other"
+    return f"else {decision.runner_up}: +{seconds_text(decision.runner_up_extra_s)}"
 
 
 def _short(where: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -57,7 +58,7 @@ def load_target(
     if config is not None and callable(maker):
         step = _call(maker, (config,), f"{where}:make_{name}")
     if isinstance(step, Sharded):  # decorated with autoshard: what is planned is the step inside
-        step = step.__wrapped__
+        step = inspect.unwrap(step, stop=lambda f: not isinstance(f, Sharded))
     return Target(step=step, args=_args(module, where, text, args, config))
 
 
@@ -72,7 +73,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _module(where: str) -> types.ModuleType:
-    """Imports a file as Python runs a script, with its folder on the path, or a module with the current folder on it."""
+    """Imports a file as Python runs a script, its folder on the path, or a module with the current folder on it."""
     is_file = where.endswith(".py") or "/" in where
     folder = str(Path(where).resolve().parent if is_file else Path.cwd())
     if folder not in sys.path:
@@ -83,8 +84,8 @@ def _module(where: str) -> types.ModuleType:
         except ModuleNotFoundError as error:
             if error.name and f"{where}.".startswith(f"{error.name}."):
                 raise FfjaxError(
-                    f"there is no module {where!r} here. Remedy: check the name, write it as file.py:function, or install "
-                    "what it is part of."
+                    f"there is no module {where!r} here. Remedy: check the name, write it as file.py:function, "
+                    "or install what it is part of."
                 ) from error
             raise _failed(where, error) from error
         except Exception as error:
@@ -133,7 +134,8 @@ def _function(module: types.ModuleType, where: str, name: str) -> Callable[..., 
         raise FfjaxError(f"{name!r} in {where} is {type(found).__name__}, no function. Remedy: name the train step.")
     own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
     raise FfjaxError(
-        f"{where} has no function {name!r}{did_you_mean(name, own)}. Remedy: use one of {', '.join(own) or 'its functions'}."
+        f"{where} has no function {name!r}{did_you_mean(name, own)}. "
+        f"Remedy: use one of {', '.join(own) or 'its functions'}."
     )
 
 
@@ -160,9 +162,10 @@ def _config(module: types.ModuleType, where: str, preset: str | None, settings: 
     cls = getattr(module, "Config", None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         if preset is not None or settings:
+            wanted = "settings" if preset is None else f"preset {preset!r}"
             raise FfjaxError(
-                f"{where} has no dataclass Config for {f'preset {preset!r}' if preset is not None else 'settings'}. Remedy: "
-                "define Config, make_<step>(config) and example_args(config), or leave --preset and --set out."
+                f"{where} has no dataclass Config for {wanted}. Remedy: define Config, make_<step>(config) and "
+                "example_args(config), or leave --preset and --set out."
             )
         return None
     maker: Callable[..., object] = cls
@@ -186,7 +189,8 @@ def _replaced(config: object, cls: type, where: str, settings: Mapping[str, str]
     for name, text in settings.items():
         if name not in names:
             raise FfjaxError(
-                f"Config of {where} has no field {name!r}{did_you_mean(name, names)}. Remedy: use one of {', '.join(names)}."
+                f"Config of {where} has no field {name!r}{did_you_mean(name, names)}. "
+                f"Remedy: use one of {', '.join(names)}."
             )
         try:
             values[name] = read_value(text, hints[name])
@@ -195,14 +199,10 @@ def _replaced(config: object, cls: type, where: str, settings: Mapping[str, str]
                 f"--set {name}={text}: {error}. Remedy: write it like its present value, {getattr(config, name)!r}."
             ) from error
 
-    def replaced() -> object:
-        return dataclasses.replace(config, **values)  # type: ignore[type-var]  # `_config` checked the class
-
-    return (
-        _guarded(replaced, (), f"{where}:Config with {', '.join(f'{n}={v}' for n, v in settings.items())}")
-        if values
-        else config
-    )
+    if not values:
+        return config
+    what = f"{where}:Config with {', '.join(f'{n}={v}' for n, v in settings.items())}"
+    return _guarded(functools.partial(dataclasses.replace, **values), (config,), what)
 
 
 def read_value(text: str, kind: object) -> object:
@@ -210,8 +210,9 @@ def read_value(text: str, kind: object) -> object:
 
     Raises ValueError that says what was expected.
 
-    >>> read_value("48", int), read_value("true", bool), read_value("64,128", tuple[int, ...]), read_value("none", int | None)
-    (48, True, (64, 128), None)
+    >>> read_value("48", int), read_value("true", bool), read_value("64,128", tuple[int, ...])
+    (48, True, (64, 128))
+    >>> read_value("none", int | None)
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):

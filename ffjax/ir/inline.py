@@ -53,7 +53,7 @@ def inline(closed: ClosedJaxpr) -> tuple[Jaxpr, tuple[Array, ...]]:
     jaxpr, closures = _Body(closed.jaxpr, closed.consts, dropped).build()
     if dropped:
         warnings.warn(
-            f"the step has sharding constraints of its own, which are left out: the plan decides ({', '.join(dropped)}). "
+            f"the step has sharding constraints of its own ({', '.join(dropped)}), which are left out: the plan decides. "
             "Remedy: remove them; what must stay as it is can be pinned (pins=)",
             FfjaxWarning,
             stacklevel=2,

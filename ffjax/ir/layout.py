@@ -13,7 +13,7 @@ from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.regions import Dims, Regions
 from ffjax.ir.reshard_chain import Hop, reshard_chain
-from ffjax.ir.spec import Collective, MeshShape, Spec, shard_count
+from ffjax.ir.spec import Collective, MeshShape, Spec, shard_count, spec_axes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,20 +89,21 @@ class Layout:
 
     def collectives(self) -> list[PlannedCollective]:
         """All collectives of a step: reductions of partial sums, and resharding."""
-        graph, mesh = self.graph, self.mesh
+        graph = self.graph
+        reads = self.reads()
         found: list[PlannedCollective] = []
         for op in graph.ops:
             axes = self.partial_axes(op.id)
             if not axes:
                 continue
-            scatter = self.regions.regions[self.regions.region_of[op.id]].solo and any(
-                d != UNUSED for d in self.assignments[self.regions.region_of[op.id]].scatter
-            )
             for value in op.results:
-                size = self.local_bytes(value, self.partial(value))
-                kind = Collective("reduce_scatter" if scatter else "all_reduce", axes, size)
+                partial = self.partial(value)
+                kind = "reduce_scatter" if self.scatters(value, axes, reads.get(value, set())) else "all_reduce"
+                collective = Collective(kind, axes, self.local_bytes(value, partial))
                 found.append(
-                    PlannedCollective(collective=kind, count=graph.scopes[op.scope].trips, op=op.id, value=value)
+                    PlannedCollective(
+                        collective=collective, count=graph.scopes[op.scope].trips, op=op.id, value=value
+                    )
                 )
         # Ways that begin alike share their beginning.
         moved: set[tuple[int, int, tuple[Spec, ...]]] = set()
@@ -125,18 +126,30 @@ class Layout:
                 )
         return found
 
+    def reads(self) -> dict[int, set[Spec]]:
+        """For each value that is a reduced partial sum the shardings in which it is read."""
+        graph = self.graph
+        reads: dict[int, set[Spec]] = {v: set() for op in graph.ops if self.partial_axes(op.id) for v in op.results}
+        for op in graph.ops:
+            for index, value in enumerate(op.operands):
+                if value in reads:
+                    reads[value].add(self.operand(op.id, index))
+        return reads
+
+    def scatters(self, value: int, axes: tuple[str, ...], reads: set[Spec]) -> bool:
+        """Whether partial sums over `axes` are reduce-scattered: by plan, or because all who read them slice so.
+
+        An all-reduce that only a slice over the same axes reads is a reduce-scatter to the partitioner.
+        """
+        home, partial = self.home(value), self.partial(value)
+        if home != partial:
+            return True
+        if len(reads) != 1:
+            return False
+        way = self.way(value, *reads)
+        return bool(way) and way[0].step is None and set(spec_axes(way[0].spec)) - set(spec_axes(home)) == set(axes)
+
     def way(self, value: int, spec: Spec) -> tuple[Hop, ...]:
         """The moves that take a value from its home to another sharding."""
         return reshard_chain(self.home(value), spec, self.mesh, self.graph.values[value].shape, self.axis_prices)
-
-
-def replicated_layout(regions: Regions, mesh: MeshShape) -> Layout:
-    """The layout that splits nothing."""
-    nothing = Assignment((UNUSED,) * len(mesh.sizes), (UNUSED,) * len(mesh.sizes))
-    return Layout(
-        regions=regions,
-        mesh=mesh,
-        assignments=[nothing] * len(regions.regions),
-        axis_prices=(1.0,) * len(mesh.sizes),
-    )
 
