@@ -1,6 +1,6 @@
 """Predicted collectives against Shardy's and the compiled ones, per strategy, kind and mesh.
 
-    python benchmarks/collectives.py
+python benchmarks/collectives.py
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def main() -> None:
                 plan = ffjax.plan(step, *args, cluster=ffjax.Cluster.named("cpu"), mesh=mesh, strategy=strategy)
                 planned = totals(plan.layout.collectives())
                 shardy = totals(explicit_collectives(plan.lower()))
-                compiled = scattered_as_reduced(
-                    totals(collectives_of(plan.lower(jax.devices()).compile(), plan.mesh))
-                )
+                compiled = scattered_as_reduced(totals(collectives_of(plan.lower(jax.devices()).compile(), plan.mesh)))
                 expected = scattered_as_reduced(planned)
                 for kind in sorted({*expected, *compiled}):
                     ours, theirs = expected.get(kind, 0.0), compiled.get(kind, 0.0)
                     ratio = f"{theirs / ours:.3f}" if ours else "unplanned"
-                    rows.append((name, plan.mesh, strategy, kind, f"{ours:.0f}", f"{theirs:.0f}", ratio, planned == shardy))
+                    rows.append(
+                        (name, plan.mesh, strategy, kind, f"{ours:.0f}", f"{theirs:.0f}", ratio, planned == shardy)
+                    )
     write(
         "collectives",
         "Collectives of one step: planned, Shardy's, compiled",

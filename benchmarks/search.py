@@ -1,6 +1,6 @@
 """Search time, bound and gap: a 12-layer and a 48-layer GPT on 8 and 64 H100s. Needs no devices.
 
-    python benchmarks/search.py
+python benchmarks/search.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ CLUSTERS = {"8 H100": 1, "64 H100": 8}
 
 def main() -> None:
     # Rules are kept for the life of the process: the first plan pays for importing and lowering, so it is not counted.
-    ffjax.plan(gpt.make_train_step(gpt.Config.tiny()), *gpt.example_args(gpt.Config.tiny()), cluster=ffjax.Cluster.named("h100"))
+    ffjax.plan(
+        gpt.make_train_step(gpt.Config.tiny()),
+        *gpt.example_args(gpt.Config.tiny()),
+        cluster=ffjax.Cluster.named("h100"),
+    )
     rows = []
     for scanned in (False, True):
         for layers in (12, 48):

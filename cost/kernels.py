@@ -14,12 +14,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ffjax.ir import compat
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.regions import Dims, Regions, is_light, is_reduction
 
 _BORDERS = frozenset({"argument", "result", "enter", "exit"})
 _FREE = frozenset(
-    "stop_gradient name optimization_barrier copy_p sharding_constraint reshard random_wrap random_unwrap".split()
+    [
+        "stop_gradient",
+        "name",
+        "optimization_barrier",
+        "copy_p",
+        "sharding_constraint",
+        "reshard",
+        "random_wrap",
+        "random_unwrap",
+    ]
 )
 _LAYOUT = frozenset({"transpose", "reshape", "squeeze", "expand_dims", "bitcast_convert_type"})
 MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"})
@@ -71,7 +81,9 @@ def kernels(regions: Regions) -> list[Kernel]:
                     if in_memory[value]
                 ]
                 traffic = tuple(fresh + writes)
-                flops = float(max((math.prod(graph.values[v].shape) for v in op.results + op.operands if v >= 0), default=0))
+                flops = float(
+                    max((math.prod(graph.values[v].shape) for v in op.results + op.operands if v >= 0), default=0)
+                )
                 if not traffic:
                     continue
             made.append(
@@ -124,11 +136,11 @@ def op_flops(op: Op, graph: Graph) -> float:
     if op.kind == "dot_general":
         return 2.0 * math.prod(op.rule.sizes)
     if op.kind == "conv_general_dilated" and op.eqn is not None and result is not None:
-        kernel = op.eqn.invars[1].aval.shape
-        features = kernel[op.eqn.params["dimension_numbers"].rhs_spec[0]]
+        kernel = compat.shape_of(op.eqn.invars[1])
+        features: int = kernel[op.eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(result.shape) * math.prod(kernel) / features
     if op.kind in ("ragged_dot_general", "ragged_dot") and op.eqn is not None and result is not None:
-        return 2.0 * math.prod(op.eqn.invars[0].aval.shape) * op.eqn.invars[1].aval.shape[-1]
+        return 2.0 * math.prod(compat.shape_of(op.eqn.invars[0])) * compat.shape_of(op.eqn.invars[1])[-1]
     return float(max((math.prod(graph.values[v].shape) for v in op.results + op.operands if v != NO_VALUE), default=0))
 
 

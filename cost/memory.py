@@ -111,7 +111,7 @@ class MemoryModel:
         """For each group of values one of them."""
         self.group = np.zeros(len(alive), dtype=np.int64)
         for index, value in enumerate(alive):
-            key = (family[regions.region_of[value.producer]], regions.home[value.id])
+            key: Hashable = (family[regions.region_of[value.producer]], regions.home[value.id])
             if key not in groups:
                 groups[key] = len(self.homes)
                 self.homes.append(value.id)
@@ -195,8 +195,8 @@ def _scope_spans(graph: Graph) -> list[tuple[int, int]]:
     """The first and the last op of each body, what enters and leaves included."""
     spans = [(len(graph.ops), -1)] * len(graph.scopes)
     for scope in graph.scopes:
-        for op in scope.enter + scope.exit:
-            spans[scope.id] = (min(spans[scope.id][0], op), max(spans[scope.id][1], op))
+        for border in scope.enter + scope.exit:
+            spans[scope.id] = (min(spans[scope.id][0], border), max(spans[scope.id][1], border))
     for op in graph.ops:
         spans[op.scope] = (min(spans[op.scope][0], op.id), max(spans[op.scope][1], op.id))
     return spans

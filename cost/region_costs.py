@@ -27,9 +27,7 @@ class Splits:
 
     def __init__(self, region: Region, candidates: Sequence[Assignment], model: CollectiveModel) -> None:
         self.counts = np.ones((len(candidates), len(region.sizes) + 1))
-        atoms = np.array([c.atoms for c in candidates], dtype=np.int64).reshape(
-            len(candidates), len(model.mesh.sizes)
-        )
+        atoms = np.array([c.atoms for c in candidates], dtype=np.int64).reshape(len(candidates), len(model.mesh.sizes))
         rows = np.arange(len(candidates))
         for axis, size in enumerate(model.mesh.sizes):
             # Unused axes write to the spare last column, which nobody reads.
@@ -53,27 +51,30 @@ def compute_seconds(kernels: Sequence[Kernel], splits: Splits, model: Collective
     device = model.cluster.device
     total = np.zeros(len(splits.counts))
     # Elementwise kernels of one region differ in little else than bytes: add up what is split alike.
-    streams: dict[tuple[tuple[int, ...], ...], list[float]] = {}
+    work: dict[tuple[int, ...], list[float]] = {}
+    streams: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
     for kernel in kernels:
         if kernel.matmul:
-            traffic = sum((b / splits.of_dims(d) for d, b in kernel.traffic), np.zeros(len(total)))
+            traffic = np.zeros(len(total))
+            for port, whole in kernel.traffic:
+                traffic += whole / splits.of_dims(port)
             flops = kernel.flops / splits.of(kernel.iteration)
             seconds = op_seconds(flops, traffic, kernel.dtype, device, matmul=True) + device.kernel_s
             total += kernel.trips * seconds
             continue
-        entry = streams.setdefault((tuple(sorted(kernel.iteration)),), [0.0, 0.0])
+        spread = tuple(sorted(kernel.iteration))
+        entry = work.setdefault(spread, [0.0, 0.0])
         entry[0] += kernel.trips * kernel.flops
         entry[1] += kernel.trips * kernel.launches
+        alike = streams.setdefault(spread, {})
         for dims, size in kernel.traffic:
-            key = (tuple(sorted(kernel.iteration)), tuple(sorted({a for dim in dims for a in dim})))
-            streams.setdefault(key, [0.0, 0.0])[0] += kernel.trips * size
-    flops_of = {key[0]: entry for key, entry in streams.items() if len(key) == 1}
-    for iteration, (flops, launches) in flops_of.items():
+            key = tuple(sorted({a for dim in dims for a in dim}))
+            alike[key] = alike.get(key, 0.0) + kernel.trips * size
+    for spread, (flops, launches) in work.items():
         traffic = np.zeros(len(total))
-        for key, (size, _) in streams.items():
-            if len(key) == 2 and key[0] == iteration:
-                traffic += size / splits.of(key[1])
-        total += op_seconds(flops / splits.of(iteration), traffic, "float32", device, matmul=False)
+        for atoms, size in streams[spread].items():
+            traffic += size / splits.of(atoms)
+        total += op_seconds(flops / splits.of(spread), traffic, "float32", device, matmul=False)
         total += launches * device.kernel_s
     return total
 

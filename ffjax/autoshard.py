@@ -112,8 +112,8 @@ class Sharded:
                 placed = jax.tree.unflatten(tree, [s for _, s in own])
                 return call.finish(jax.jit(call.build, out_shardings=placed)(*args))
         raise PlanError(
-            f"what {getattr(init_fn, '__name__', 'init_fn')} makes ({len(shapes)} arrays) is none of the arguments of the "
-            f"last plan of {name}. Remedy: plan with jax.eval_shape(init_fn, *args) as the state."
+            f"what {getattr(init_fn, '__name__', 'init_fn')} makes ({len(shapes)} arrays) is none of the arguments of "
+            f"the last plan of {name}. Remedy: plan with jax.eval_shape(init_fn, *args) as the state."
         )
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> nnx.Call:
@@ -174,7 +174,9 @@ class Sharded:
             try:
                 return bind_program(Plan.load(path), program)
             except PlanError as error:
-                warnings.warn(f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=5)
+                warnings.warn(
+                    f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=5
+                )
         found = searched()
         found.save(path)
         return found
@@ -184,7 +186,8 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
     """An array where the plan wants it; the array itself if it is there."""
     if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
-    return jax.device_put(array, sharding)
+    placed: jax.Array = jax.device_put(array, sharding)
+    return placed
 
 
 def _leaves(call: nnx.Call) -> tuple[list[Any], Any]:

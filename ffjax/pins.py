@@ -39,8 +39,8 @@ def pinned_specs(regions: Regions, pins: Pins) -> dict[int, tuple[str, Spec]]:
             other = found.get(op)
             if other is not None and other[1] != entry[1]:
                 raise PinError(
-                    f"the pins {other[0]!r} ({format_spec(other[1])}) and {pattern!r} ({format_spec(entry[1])}) contradict "
-                    f"each other for {graph.ops[op].label}. Remedy: make one of them match less."
+                    f"the pins {other[0]!r} ({format_spec(other[1])}) and {pattern!r} ({format_spec(entry[1])}) "
+                    f"contradict each other for {graph.ops[op].label}. Remedy: make one of them match less."
                 )
             found[op] = entry
     return found
@@ -61,9 +61,7 @@ def keep_pins(regions: Regions, pins: Pins) -> Callable[[MeshShape], Keep | None
             return [
                 c
                 for c in found
-                if all(
-                    spec_of(regions.ports[op].results[0], region.sizes, c, mesh) == wanted[op][1] for op in pinned
-                )
+                if all(spec_of(regions.ports[op].results[0], region.sizes, c, mesh) == wanted[op][1] for op in pinned)
             ]
 
         return keep
@@ -86,18 +84,24 @@ def check_pins(regions: Regions, pins: Pins, meshes: Sequence[MeshShape]) -> Non
         shape = graph.values[graph.ops[op].results[0]].shape
         if not any(all(n % m.size(dim) == 0 for n, dim in zip(shape, spec, strict=True)) for m in having):
             raise PinError(
-                f"the pin {pattern!r} shards {graph.ops[op].label} of shape {list(shape)} as {format_spec(spec)}, which "
-                f"divides on none of the meshes {', '.join(str(m.as_dict()) for m in having)}. Remedy: pin another "
+                f"the pin {pattern!r} shards {graph.ops[op].label} of shape {list(shape)} as {format_spec(spec)}, "
+                f"which divides on none of the meshes {', '.join(str(m.as_dict()) for m in having)}. Remedy: pin another "
                 "dimension, or pass a mesh= whose axes divide it."
             )
 
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern matches a path, whole or from one of its parts on."""
-    expression = "/".join(
-        ".*" if part == "**" else fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
-        for part in pattern.split("/")
-    ).replace("/.*/", "/(?:.*/)?").removeprefix(".*/")
+    expression = (
+        "/".join(
+            ".*"
+            if part == "**"
+            else fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
+            for part in pattern.split("/")
+        )
+        .replace("/.*/", "/(?:.*/)?")
+        .removeprefix(".*/")
+    )
     prefix = r"(?:.*/)?"
     return re.fullmatch(prefix + expression, path) is not None
 

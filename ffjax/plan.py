@@ -25,7 +25,6 @@ from ffjax.emit.emit import partition_spec
 from ffjax.errors import PlanError, PlanMismatch
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.layout import Layout
-
 from ffjax.ir.spec import MeshShape, Spec
 from ffjax.ir.trace import Program
 
@@ -146,7 +145,9 @@ class Plan:
         for placement in self.args + self.results:
             if placement.path == path:
                 return partition_spec(placement.spec)
-        raise PlanError(f"the plan has no argument or result {path!r}; it has {', '.join(p.path for p in self.args[:8])}, ...")
+        raise PlanError(
+            f"the plan has no argument or result {path!r}; it has {', '.join(p.path for p in self.args[:8])}, ..."
+        )
 
     def bind(self, step: Any, *args: Any, **kwargs: Any) -> Plan:
         """This plan on a program: traces `step` and checks that it is the one that the plan was made for."""
@@ -187,7 +188,9 @@ class Plan:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
-            raise PlanError(f"cannot read the plan {os.fspath(path)!r}: {error.strerror}. Remedy: check the path.") from error
+            raise PlanError(
+                f"cannot read the plan {os.fspath(path)!r}: {error.strerror}. Remedy: check the path."
+            ) from error
         return cls.from_json(text, source=os.fspath(path))
 
     def to_json(self) -> str:
@@ -259,6 +262,3 @@ def _read(content: dict[str, Any]) -> Plan:
             "search": SearchReport(**report, competitors=competitors),
         }
     )
-
-
-

@@ -97,7 +97,9 @@ def argnums(numbers: int | Sequence[int], count: int) -> tuple[int, ...]:
     given = (numbers,) if isinstance(numbers, int) else tuple(numbers)
     for number in given:
         if not -count <= number < count:
-            raise PlanError(f"argument number {number} of static_argnums or donate_argnums, but there are {count} arguments")
+            raise PlanError(
+                f"argument number {number} of static_argnums or donate_argnums, but there are {count} arguments"
+            )
     return tuple(n % count for n in given)
 
 
@@ -159,9 +161,7 @@ def bind_program(plan: Plan, program: Program) -> Plan:
     plan.check_fingerprint(fingerprint(regions), program.name)
     decisions = {d.key: d for d in plan.decisions}
     nothing = Assignment((UNUSED,) * len(plan.mesh.axes), (UNUSED,) * len(plan.mesh.axes))
-    assigned = [
-        decisions[key].assignment(plan.mesh) if key in decisions else nothing for key in family_keys(regions)
-    ]
+    assigned = [decisions[key].assignment(plan.mesh) if key in decisions else nothing for key in family_keys(regions)]
     layout = Layout(regions=regions, mesh=plan.mesh, assignments=assigned, axis_prices=plan.axis_prices)
     return dataclasses.replace(plan, layout=layout)
 
@@ -201,9 +201,9 @@ def _over_budget(result: SearchResult, budget: float, cluster: Cluster) -> Budge
     largest = "\n".join(f"  {_gib(size):>10}  {what}" for what, size in best.peak.live[:6])
     return BudgetError(
         f"no plan fits {_gib(budget)} per device on {cluster.devices} devices. The smallest found "
-        f"({best.strategy} on {best.mesh}) needs {_gib(best.peak.bytes)}; at its peak these are the largest arrays alive:\n"
-        f"{largest}\nRemedy: memory={_gib(best.peak.bytes * 1.01)!r} or more, more devices, donated state (donate_argnums), "
-        "a smaller batch, or jax.checkpoint."
+        f"({best.strategy} on {best.mesh}) needs {_gib(best.peak.bytes)}; at its peak the largest arrays alive are:\n"
+        f"{largest}\nRemedy: memory={_gib(best.peak.bytes * 1.01)!r} or more, more devices, donated state "
+        "(donate_argnums), a smaller batch, or jax.checkpoint."
     )
 
 
@@ -296,6 +296,7 @@ def _text(split: Mapping[str, str], scatter: Mapping[str, int]) -> str:
 
 def _subject(graph: Graph, region: Region) -> tuple[str, str]:
     """The source line (or the path, of an argument) and the kind of a region's largest op."""
+
     def size(op: Op) -> float:
         return max((graph.values[v].bytes for v in op.results), default=0.0)
 
@@ -312,15 +313,16 @@ def _search_report(result: SearchResult, strategy: str, seconds: dict[str, float
     exact = best.exact
     return SearchReport(
         seconds={**seconds, "total": sum(seconds.values())},
-        algorithm=("integer linear program" if exact else "integer linear programs in neighbourhoods") + f", {best.strategy}",
+        algorithm=("integer linear program" if exact else "integer linear programs in neighbourhoods")
+        + f", {best.strategy}",
         candidates=sum(len(n.candidates) for n in best.problem.nodes),
         lower_bound_s=best.bound_s,
         gap=0.0 if best.step_s == 0 else (best.step_s - best.bound_s) / best.step_s,
-        stop="proved optimal for its mesh" if exact and best.step_s - best.bound_s <= 1e-3 * best.step_s else "no move improved",
+        stop="proved optimal for its mesh"
+        if exact and best.step_s - best.bound_s <= 1e-3 * best.step_s
+        else "no move improved",
         competitors=tuple(
-            Competitor(
-                strategy=f.strategy, mesh=str(f.mesh), step_s=f.step_s, peak_bytes=f.peak.bytes, fits=f.fits
-            )
+            Competitor(strategy=f.strategy, mesh=str(f.mesh), step_s=f.step_s, peak_bytes=f.peak.bytes, fits=f.fits)
             for f in result.found
         ),
     )

@@ -28,7 +28,7 @@ _PROVED = 1e-3
 """How near the least peak is to its proved bound when the search for it stops."""
 
 Solver = Callable[[Problem, Sequence[Instant], bool], Solution | None]
-"""Solves a problem within what may be live at some instants, or, if the last argument says so, for least memory there."""
+"""Solves a problem within what may be live at some instants, or, if the last is true, for least memory there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def solve_least(
 ) -> Fit | None:
     """The solution of least peak memory; if that fits, the fastest found that does. None if there is no solution.
 
-    Minimises the worst of a few instants and adds the one at which the solution really peaks, until that is one of them.
+    Minimises the worst of a few instants and adds the one at which the solution peaks, until that is one of them.
     """
     bounds: list[Instant] = []
     least: Fit | None = None

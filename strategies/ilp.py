@@ -105,7 +105,7 @@ def solve(
         costs += (node.cost_s * _SCALE).tolist()
         integral += [len(node.candidates) > 1] * len(node.candidates)
         upper += [1.0] * len(node.candidates)
-        rows.add(range(first[-1], len(costs)), [1.0] * len(node.candidates), 1.0, 1.0)  # type: ignore[arg-type]
+        rows.add(range(first[-1], len(costs)), [1.0] * len(node.candidates), 1.0, 1.0)
     moved: list[int] = []
     copied = {index for instant in instants for index in instant.copy_bytes}
     for index, transfer in enumerate(problem.transfers):
@@ -149,7 +149,7 @@ def solve(
     for instant in instants:
         _bound_memory(problem, instant, rows, first, moved, worst=len(costs) - 1 if least else None, unit=unit)
 
-    highs = highspy.Highs()
+    highs = highspy.Highs()  # type: ignore[no-untyped-call]
     highs.silent()
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(costs), len(rows.lower)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,6 +160,16 @@ def source_spec(regions: Regions, region: Region, dims: Dims, candidate: Assignm
     return scattered(spec, candidate, mesh) if region.solo and dims == region.dims[0].results[0] else spec
 
 
+class _Alike(NamedTuple):
+    """What values of one transfer share: where they are made, their size and trips, and who reads them how."""
+
+    node: int
+    dims: Dims
+    bytes: float
+    trips: float
+    ports: tuple[tuple[int, Dims], ...]
+
+
 def _transfers(problem: Problem) -> list[Transfer]:
     regions, mesh, graph = problem.regions, problem.mesh, problem.regions.graph
     readers: dict[tuple[int, int], set[tuple[int, Dims]]] = {}
@@ -166,17 +177,17 @@ def _transfers(problem: Problem) -> list[Transfer]:
         scope = graph.ops[edge.op].scope
         readers.setdefault((edge.value, scope), set()).add((problem.node_of[edge.target], edge.target_dims))
     # A value read twice in one way is one transfer; members of families that are alike add up.
-    groups: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    groups: dict[_Alike, list[tuple[int, int]]] = {}
     for (value, scope), ports in readers.items():
         region = regions.region_of[graph.values[value].producer]
-        key = (
-            problem.node_of[region],
-            regions.home[value],
-            graph.values[value].bytes,
-            graph.scopes[scope].trips,
-            tuple(sorted(ports)),
+        alike = _Alike(
+            node=problem.node_of[region],
+            dims=regions.home[value],
+            bytes=graph.values[value].bytes,
+            trips=graph.scopes[scope].trips,
+            ports=tuple(sorted(ports)),
         )
-        groups.setdefault(key, []).append((value, scope))
+        groups.setdefault(alike, []).append((value, scope))
     costs = ReshardCosts(problem.model)
     specs: dict[tuple[int, Dims, bool], tuple[list[Spec], Ints]] = {}
 
@@ -198,24 +209,23 @@ def _transfers(problem: Problem) -> list[Transfer]:
         return specs[key]
 
     transfers = []
-    for (node, dims, size, trips, ports), group in groups.items():  # type: ignore[misc]
-        rows, row_of = views(node, dims, made=True)  # type: ignore[has-type]
-        needs = [(n, *views(n, d, made=False)) for n, d in ports]  # type: ignore[has-type]
+    for alike, group in groups.items():
+        rows, row_of = views(alike.node, alike.dims, made=True)
+        needs = [(n, *views(n, d, made=False)) for n, d in alike.ports]
         columns = list(dict.fromkeys(spec for _, listed, _ in needs for spec in listed))
         where = {spec: i for i, spec in enumerate(columns)}
         consumers = [
             Consumer(node=n, column_of=np.array([where[s] for s in listed])[index]) for n, listed, index in needs
         ]
-        seconds = costs.matrix(rows, columns, len(group) * trips, size)  # type: ignore[has-type]
         transfers.append(
             Transfer(
-                source=node,  # type: ignore[has-type]
+                source=alike.node,
                 row_of=row_of,
                 consumers=consumers,
                 rows=rows,
                 columns=columns,
-                seconds=seconds,
-                bytes=size,  # type: ignore[has-type]
+                seconds=costs.matrix(rows, columns, len(group) * alike.trips, alike.bytes),
+                bytes=alike.bytes,
                 values=group,
             )
         )

@@ -16,6 +16,7 @@ from ffjax.strategies.base import Role
 from ffjax.strategies.candidates import Allow, Keep
 from ffjax.strategies.problem import Problem
 
+
 class Roles:
     """The restriction that one role per mesh axis makes, for one program."""
 

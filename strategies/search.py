@@ -108,7 +108,9 @@ def search(
         tried = {s.name: _natural(s, meshes) for s in strategies}
     else:
         tried = {s.name: list(meshes) for s in strategies}
-    pairs = [(s, m, roles) for m in meshes for s in strategies if m in tried[s.name] and (roles := s.roles(m)) is not None]
+    pairs = [
+        (s, m, roles) for m in meshes for s in strategies if m in tried[s.name] and (roles := s.roles(m)) is not None
+    ]
     if not pairs and strategy != AUTO:
         raise ValueError(
             f"strategy {strategy!r} has no use for the meshes {', '.join(map(str, meshes))}; give it one with more axes"

@@ -61,9 +61,7 @@ def program(
         name = make.__name__
         if name in PROGRAMS:
             raise ValueError(f"program {name!r} is in the table already")
-        PROGRAMS[name] = Row(
-            name=name, make=make, warns=warns, strategies=strategies, splits=splits, effects=effects
-        )
+        PROGRAMS[name] = Row(name=name, make=make, warns=warns, strategies=strategies, splits=splits, effects=effects)
         return make
 
     return register
@@ -429,7 +427,9 @@ def whole_step_is_a_jit() -> Case:
 def nested_jits() -> Case:
     inner = jax.jit(lambda x, w: jnp.where(x > 0, x @ w, 0.0))
     outer = jax.jit(lambda x, w: inner(inner(x, w), w.T) + inner(x, w))
-    return Case(step=lambda w, x: descend(w, lambda w: (outer(x, w) ** 2).mean()), args=(weights(16, 16), values(8, 16)))
+    return Case(
+        step=lambda w, x: descend(w, lambda w: (outer(x, w) ** 2).mean()), args=(weights(16, 16), values(8, 16))
+    )
 
 
 @program()
@@ -487,7 +487,9 @@ def closure_of_a_key_and_a_batch() -> Case:
 
 
 def _foreign_mesh(sizes: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
-    return Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(
+        np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), names, axis_types=(AxisType.Auto,) * len(sizes)
+    )
 
 
 @program(warns="sharding_constraint")

@@ -41,9 +41,7 @@ def emit(layout: Layout, mesh: Mesh | AbstractMesh) -> Callable[..., tuple[jax.A
 def in_shardings(layout: Layout, mesh: Mesh | AbstractMesh) -> tuple[NamedSharding, ...]:
     """Of the program's closures, then of the leaves of its arguments."""
     graph = layout.graph
-    return tuple(
-        NamedSharding(mesh, partition_spec(layout.home(graph.ops[op].results[0]))) for op in graph.arguments
-    )
+    return tuple(NamedSharding(mesh, partition_spec(layout.home(graph.ops[op].results[0]))) for op in graph.arguments)
 
 
 def out_shardings(layout: Layout, mesh: Mesh | AbstractMesh) -> tuple[NamedSharding, ...]:
@@ -78,7 +76,8 @@ class _Interpreter:
     def constrain(self, array: jax.Array, spec: Spec) -> jax.Array:
         if not spec:
             return array
-        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, partition_spec(spec)))
+        held: jax.Array = jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, partition_spec(spec)))
+        return held
 
     def read(self, atom: Var | Literal, op: int, index: int) -> jax.Array:
         """An operand as its op needs it."""
@@ -118,7 +117,9 @@ class _Interpreter:
         operands = [self.read(atom, op, i) for i, atom in enumerate(eqn.invars)]
         return self.bound(eqn, operands, eqn.params, op)
 
-    def bound(self, eqn: JaxprEqn, operands: Sequence[jax.Array], params: dict[str, object], op: int | None) -> list[jax.Array]:
+    def bound(
+        self, eqn: JaxprEqn, operands: Sequence[jax.Array], params: dict[str, object], op: int | None
+    ) -> list[jax.Array]:
         results = compat.bind(eqn, operands, params)
         return [self.write(array, var, op) for array, var in zip(results, eqn.outvars, strict=True)]
 
@@ -148,8 +149,5 @@ class _Interpreter:
     def body(self, jaxpr: Jaxpr, scope: Scope) -> ClosedJaxpr:
         """A body with its constraints, traced anew at the same abstract values."""
         inner = _Interpreter(self.layout, self.mesh)
-        avals = [
-            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False))
-            for v in jaxpr.invars
-        ]
+        avals = [compat.struct_of(v) for v in jaxpr.invars]
         return jax.make_jaxpr(lambda *args: inner.run(jaxpr, args, scope))(*avals)

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ffjax.emit.emit import emit, in_shardings, out_shardings
 from ffjax.errors import ClusterError
+from ffjax.ir import compat
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import MeshShape
 
@@ -18,8 +19,8 @@ def device_mesh(shape: MeshShape, devices: Sequence[jax.Device]) -> Mesh:
     """A mesh over the first devices, in their order; raises ClusterError if there are too few."""
     if len(devices) < shape.devices:
         raise ClusterError(
-            f"the plan needs {shape.devices} devices (mesh {shape.as_dict()}), but there are {len(devices)}. Remedy: run "
-            f"where there are {shape.devices}, plan for fewer, or use ffjax.testing.fake_devices({shape.devices})."
+            f"the plan needs {shape.devices} devices (mesh {shape.as_dict()}), but there are {len(devices)}. Remedy: "
+            f"run where there are {shape.devices}, plan for fewer, or use ffjax.testing.fake_devices({shape.devices})."
         )
     grid = np.array(devices[: shape.devices], dtype=object).reshape(shape.sizes)
     return Mesh(grid, shape.axes, axis_types=(AxisType.Auto,) * len(shape.axes))
@@ -45,11 +46,10 @@ def jitted(layout: Layout, mesh: Mesh | AbstractMesh, *, donate: bool = True) ->
 
 def lower(layout: Layout, devices: Sequence[jax.Device] | None = None) -> jax.stages.Lowered:
     """Lowers the sharded step for some devices, or, without any, for no particular ones."""
-    avals = [
-        jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=getattr(v.aval, "weak_type", False))
-        for v in layout.graph.program.jaxpr.invars
-    ]
+    avals = [compat.struct_of(v) for v in layout.graph.program.jaxpr.invars]
     if devices is not None:
-        return jitted(layout, device_mesh(layout.mesh, devices)).trace(*avals).lower()
-    step = jitted(layout, abstract_mesh(layout.mesh))
-    return step.trace(*avals).lower(lowering_platforms=(jax.default_backend(),))
+        on_devices: jax.stages.Lowered = jitted(layout, device_mesh(layout.mesh, devices)).trace(*avals).lower()
+        return on_devices
+    traced = jitted(layout, abstract_mesh(layout.mesh)).trace(*avals)
+    anywhere: jax.stages.Lowered = traced.lower(lowering_platforms=(jax.default_backend(),))
+    return anywhere

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util
 from jax._src.interpreters import partial_eval
@@ -31,7 +32,8 @@ def placed(eqn: core.JaxprEqn, call: core.JaxprEqn | None) -> core.JaxprEqn:
     """
     if call is None or source_info_util.user_frame(eqn.source_info.traceback) is not None:
         return eqn
-    return eqn.replace(source_info=eqn.source_info.replace(traceback=call.source_info.traceback))
+    moved: core.JaxprEqn = eqn.replace(source_info=eqn.source_info.replace(traceback=call.source_info.traceback))
+    return moved
 
 
 def user_context(eqn: core.JaxprEqn):  # type: ignore[no-untyped-def]
@@ -54,7 +56,7 @@ def with_equations(
     eqns: Sequence[core.JaxprEqn],
 ) -> core.Jaxpr:
     """A jaxpr without constants; its effects are those of its equations."""
-    effects: frozenset[object] = frozenset().union(*(e.effects for e in eqns)) if eqns else frozenset()
+    effects: frozenset[core.Effect] = frozenset().union(*(e.effects for e in eqns)) if eqns else frozenset()
     debug_info = jaxpr.debug_info.with_unknown_names()
     return core.Jaxpr((), list(invars), list(outvars), list(eqns), effects, debug_info)
 
@@ -72,6 +74,16 @@ def shape_of(var: core.Var | core.Literal) -> tuple[int, ...]:
     """The shape of an equation's input or output; a token or a reference, which is no array, counts as a scalar."""
     shape: tuple[int, ...] = getattr(var.aval, "shape", ())
     return tuple(shape)
+
+
+def struct_of(var: core.Var | core.Literal) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and weak type of an equation's input or output, without a sharding."""
+    return jax.ShapeDtypeStruct(shape_of(var), var.aval.dtype, weak_type=getattr(var.aval, "weak_type", False))  # type: ignore[attr-defined]
+
+
+def is_extended(dtype: object) -> bool:
+    """Whether a dtype is one of JAX's own, such as that of typed PRNG keys."""
+    return bool(jnp.issubdtype(dtype, jax.dtypes.extended))  # type: ignore[arg-type]
 
 
 def dtype_of(var: core.Var | core.Literal) -> np.dtype[np.generic] | None:

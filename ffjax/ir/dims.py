@@ -1,7 +1,8 @@
 """Named dimensions: factors joined along every edge of the program, whatever ops they cross.
 
 This is coarser than regions: a batch, a sequence, a width as a user thinks of them. It tells which factors of
-which regions are the batch, and it names factors in explanations (TOAST, arXiv 2508.15010, searches over exactly these).
+which regions are the batch, and it names factors in explanations (TOAST, arXiv 2508.15010,
+searches over exactly these).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import numpy as np
 
 from ffjax.ir import compat
 from ffjax.ir.compat import Jaxpr, JaxprEqn, Var
+from ffjax.ir.compat import Literal as JaxLiteral
 from ffjax.ir.equation_rules import rules_for
 from ffjax.ir.inline import bodies, walk
 from ffjax.ir.rules import OpShardingRule
@@ -201,14 +202,16 @@ class _Builder:
         self.graph.scopes[scope].enter.append(op)
         return op
 
-    def leave(self, eqn: JaxprEqn, atom: object, var: Var | None, scope: int, *, stacked: bool = False) -> int:
+    def leave(
+        self, eqn: JaxprEqn, atom: Var | JaxLiteral, var: Var | None, scope: int, *, stacked: bool = False
+    ) -> int:
         """The op that takes a body's result out, into `var` if it is the one that makes it."""
         operand = self.read(atom)
         outer = self.graph.scopes[scope].parent
         results = () if var is None else (self.value(var, outer),)
-        shape = tuple(getattr(atom, "aval", None).shape)  # type: ignore[union-attr]
+        shape = compat.shape_of(atom)
         if stacked and var is not None:
-            unstack = _unstack(tuple(var.aval.shape))
+            unstack = _unstack(compat.shape_of(var))
             rule = OpShardingRule(
                 operands=unstack.results,
                 results=unstack.operands,
@@ -311,7 +314,6 @@ def trip_count(eqn: JaxprEqn) -> int:
     if isinstance(counter, Var) and counter in carried and not isinstance(limit, Var):
         init = eqn.invars[eqn.params["cond_nconsts"] + eqn.params["body_nconsts"] + carried.index(counter)]
         if not isinstance(init, Var):
-            return max(1, int(limit.val) - int(init.val) + (cond.eqns[0].primitive.name == "le"))
+            trips: int = int(limit.val) - int(init.val) + (cond.eqns[0].primitive.name == "le")
+            return max(1, trips)
     return 1
-
-

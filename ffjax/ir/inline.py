@@ -23,6 +23,7 @@ from ffjax.ir.compat import (
     Literal,
     Var,
     eliminate_dead_code,
+    is_extended,
     placed,
     source_line,
     with_equations,
@@ -53,8 +54,8 @@ def inline(closed: ClosedJaxpr) -> tuple[Jaxpr, tuple[Array, ...]]:
     jaxpr, closures = _Body(closed.jaxpr, closed.consts, dropped).build()
     if dropped:
         warnings.warn(
-            f"the step has sharding constraints of its own ({', '.join(dropped)}), which are left out: the plan decides. "
-            "Remedy: remove them; what must stay as it is can be pinned (pins=)",
+            f"the step has sharding constraints of its own ({', '.join(dropped)}), which are left out: the plan "
+            "decides. Remedy: remove them; what must stay as it is can be pinned (pins=)",
             FfjaxWarning,
             stacklevel=2,
         )
@@ -93,8 +94,8 @@ class _Body:
         invars = [var for _, var in self.lifted.values()] + self.invars
         return with_equations(self.jaxpr, invars=invars, outvars=outvars, eqns=self.eqns), tuple(arrays)
 
-    def lift(self, array: Array, aval: Any) -> Atom:
-        if np.ndim(array) == 0 and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+    def lift(self, array: Array, aval: Any) -> Atom:  # noqa: ANN401  # JAX's abstract values have no common type
+        if np.ndim(array) == 0 and not is_extended(aval.dtype):
             return Literal(np.asarray(array), aval)
         if id(array) not in self.lifted:
             self.lifted[id(array)] = (array, Var(aval))
@@ -177,9 +178,7 @@ class _Body:
             own = {id(a): v for a, v in zip(arrays, jaxpr.invars, strict=False)}
             front = [own.get(key) or Var(aval) for key, (_, aval) in shared.items()]
             invars = front + list(jaxpr.invars[len(arrays) :])
-            made.append(
-                ClosedJaxpr(with_equations(jaxpr, invars=invars, outvars=jaxpr.outvars, eqns=jaxpr.eqns), ())
-            )
+            made.append(ClosedJaxpr(with_equations(jaxpr, invars=invars, outvars=jaxpr.outvars, eqns=jaxpr.eqns), ()))
         return tuple(made), [self.lift(a, aval) for a, aval in shared.values()]
 
 
@@ -192,9 +191,7 @@ def _identity(eqn: JaxprEqn, operands: Sequence[Atom]) -> object | None:
         hash(params)
     except TypeError:
         return None
-    atoms = tuple(
-        (str(a.aval), np.asarray(a.val).tobytes()) if isinstance(a, Literal) else id(a) for a in operands
-    )
+    atoms = tuple((str(a.aval), np.asarray(a.val).tobytes()) if isinstance(a, Literal) else id(a) for a in operands)
     return (eqn.primitive, params, atoms, eqn.ctx.compute_type)
 
 

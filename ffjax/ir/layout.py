@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
+from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.regions import Dims, Regions
 from ffjax.ir.reshard_chain import Hop, reshard_chain
-from ffjax.ir.spec import Collective, MeshShape, Spec, shard_count, spec_axes
+from ffjax.ir.spec import Collective, CollectiveKind, MeshShape, Spec, shard_count, spec_axes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,11 @@ class Layout:
     def home(self, value: int) -> Spec:
         """The sharding in which a value is made."""
         region = self.regions.regions[self.regions.region_of[self.graph.values[value].producer]]
-        return scattered(self.partial(value), self.assignments[region.id], self.mesh) if region.solo else self.partial(value)
+        return (
+            scattered(self.partial(value), self.assignments[region.id], self.mesh)
+            if region.solo
+            else self.partial(value)
+        )
 
     def operand(self, op: int, index: int) -> Spec:
         """The sharding in which an op reads its operand."""
@@ -98,12 +102,12 @@ class Layout:
                 continue
             for value in op.results:
                 partial = self.partial(value)
-                kind = "reduce_scatter" if self.scatters(value, axes, reads.get(value, set())) else "all_reduce"
+                kind: CollectiveKind = (
+                    "reduce_scatter" if self.scatters(value, axes, reads.get(value, set())) else "all_reduce"
+                )
                 collective = Collective(kind, axes, self.local_bytes(value, partial))
                 found.append(
-                    PlannedCollective(
-                        collective=collective, count=graph.scopes[op.scope].trips, op=op.id, value=value
-                    )
+                    PlannedCollective(collective=collective, count=graph.scopes[op.scope].trips, op=op.id, value=value)
                 )
         # Ways that begin alike share their beginning.
         moved: set[tuple[int, int, tuple[Spec, ...]]] = set()
@@ -152,4 +156,3 @@ class Layout:
     def way(self, value: int, spec: Spec) -> tuple[Hop, ...]:
         """The moves that take a value from its home to another sharding."""
         return reshard_chain(self.home(value), spec, self.mesh, self.graph.values[value].shape, self.axis_prices)
-

@@ -23,12 +23,56 @@ Dims = tuple[tuple[int, ...], ...]
 """For each dimension of a value the atoms that index it, major to minor, numbered within one region."""
 
 _WORK = frozenset(
-    """dot_general conv_general_dilated ragged_dot_general ragged_dot gather scatter scatter-add scatter_add scatter-mul
-    scatter_mul scatter-min scatter_min scatter-max scatter_max scatter-sub scatter_sub sort top_k approx_top_k fft
-    cumsum cumprod cummax cummin cumlogsumexp reduce_window reduce_window_sum reduce_window_max reduce_window_min
-    select_and_scatter_add select_and_gather_add select_and_scatter dynamic_slice dynamic_update_slice shard_map
-    cholesky lu qr eigh svd triangular_solve householder_product pallas_call ffi_call custom_call sharding_constraint
-    reshard mesh_cast""".split()
+    [
+        "dot_general",
+        "conv_general_dilated",
+        "ragged_dot_general",
+        "ragged_dot",
+        "gather",
+        "scatter",
+        "scatter-add",
+        "scatter_add",
+        "scatter-mul",
+        "scatter_mul",
+        "scatter-min",
+        "scatter_min",
+        "scatter-max",
+        "scatter_max",
+        "scatter-sub",
+        "scatter_sub",
+        "sort",
+        "top_k",
+        "approx_top_k",
+        "fft",
+        "cumsum",
+        "cumprod",
+        "cummax",
+        "cummin",
+        "cumlogsumexp",
+        "reduce_window",
+        "reduce_window_sum",
+        "reduce_window_max",
+        "reduce_window_min",
+        "select_and_scatter_add",
+        "select_and_gather_add",
+        "select_and_scatter",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "shard_map",
+        "cholesky",
+        "lu",
+        "qr",
+        "eigh",
+        "svd",
+        "triangular_solve",
+        "householder_product",
+        "pallas_call",
+        "ffi_call",
+        "custom_call",
+        "sharding_constraint",
+        "reshard",
+        "mesh_cast",
+    ]
 )
 """Ops that are never joined with their neighbours, because resharding next to them can pay."""
 
@@ -124,8 +168,8 @@ class _Joiner:
         for op in graph.ops:
             operands, results = self.factors.instantiate(op.rule)
             self.dims.append((operands, results))
-            for slot, value in enumerate(operands + results):
-                for dim in value:
+            for slot, dims in enumerate(operands + results):
+                for dim in dims:
                     for atom in dim:
                         self.where.setdefault(atom, set()).add((op.id, slot))
         self.consumers: list[list[tuple[int, int]]] = [[] for _ in graph.values]
@@ -312,9 +356,7 @@ class _Joiner:
         for region, names in zip(regions, local, strict=True):
             region.sizes = tuple(factors.size(a) for a in names)
             twice = _indexed_twice(region)
-            region.kinds = tuple(
-                factors.kind(a) | (NEED_REPLICATION if n in twice else 0) for a, n in names.items()
-            )
+            region.kinds = tuple(factors.kind(a) | (NEED_REPLICATION if n in twice else 0) for a, n in names.items())
             region.solo = len(region.ops) == 1 and not self.light[region.ops[0]]
         edges = [
             Edge(
@@ -331,7 +373,8 @@ class _Joiner:
             if value != NO_VALUE
             and graph.values[value].shape
             and not graph.values[value].constant
-            and (region_of[graph.values[value].producer], home[value]) != (region_of[op.id], ports[op.id].operands[index])
+            and (region_of[graph.values[value].producer], home[value])
+            != (region_of[op.id], ports[op.id].operands[index])
         ]
         return Regions(graph=graph, regions=regions, region_of=region_of, ports=ports, home=home, edges=edges)
 

@@ -64,7 +64,9 @@ class OpShardingRule:
         """Reads the text form; raises ValueError that quotes text which is not one."""
         match = _RULE.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"not an op sharding rule: {text!r}; write it as '([i, k], [k, j])->([i, j]) {{i=8, ...}}'")
+            raise ValueError(
+                f"not an op sharding rule: {text!r}; write it as '([i, k], [k, j])->([i, j]) {{i=8, ...}}'"
+            )
         sizes: dict[str, int] = {}
         for entry in filter(None, (e.strip() for e in match["sizes"].split(","))):
             name, _, size = entry.partition("=")
@@ -83,7 +85,10 @@ class OpShardingRule:
         kinds = {k: frozenset(index[f.strip()] for f in v.split(",")) for k, v in _KIND.findall(match["kinds"])}
         try:
             return cls(
-                operands=values(match["operands"]), results=values(match["results"]), sizes=tuple(sizes.values()), **kinds
+                operands=values(match["operands"]),
+                results=values(match["results"]),
+                sizes=tuple(sizes.values()),
+                **kinds,
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an op sharding rule: {text!r}: {error}") from error

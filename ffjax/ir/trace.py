@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
@@ -137,9 +138,7 @@ def abstract(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
         ) from error
 
 
-def find_ties(
-    args: Sequence[Leaf], results: Sequence[Leaf], donated: set[str]
-) -> tuple[tuple[int, int], ...]:
+def find_ties(args: Sequence[Leaf], results: Sequence[Leaf], donated: set[str]) -> tuple[tuple[int, int], ...]:
     """Pairs each result with the argument that it replaces in the next step.
 
     An element of the result replaces the argument with which it shares most leaves (same path inside,
@@ -185,7 +184,7 @@ def _leaf(path: str, aval: Any, root: str) -> Leaf:
 
 def nbytes(shape: Sequence[int], dtype: Any) -> float:
     """Bytes of an array; a typed PRNG key counts its underlying words."""
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return float(np.prod(shape, dtype=np.float64)) * float(np.prod(dtype._impl.key_shape)) * 4
     itemsize = 0.5 if "int4" in str(dtype) else np.dtype(dtype).itemsize
     return float(np.prod(shape, dtype=np.float64)) * itemsize
