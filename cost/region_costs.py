@@ -70,11 +70,11 @@ def compute_seconds(kernels: Sequence[Kernel], splits: Splits, model: Collective
         for dims, size in kernel.traffic:
             key = tuple(sorted({a for dim in dims for a in dim}))
             alike[key] = alike.get(key, 0.0) + kernel.trips * size
-    for spread, (flops, launches) in work.items():
+    for spread, (arithmetic, launches) in work.items():
         traffic = np.zeros(len(total))
         for atoms, size in streams[spread].items():
             traffic += size / splits.of(atoms)
-        total += op_seconds(flops / splits.of(spread), traffic, "float32", device, matmul=False)
+        total += op_seconds(arithmetic / splits.of(spread), traffic, "float32", device, matmul=False)
         total += launches * device.kernel_s
     return total
 

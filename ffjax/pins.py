@@ -85,8 +85,8 @@ def check_pins(regions: Regions, pins: Pins, meshes: Sequence[MeshShape]) -> Non
         if not any(all(n % m.size(dim) == 0 for n, dim in zip(shape, spec, strict=True)) for m in having):
             raise PinError(
                 f"the pin {pattern!r} shards {graph.ops[op].label} of shape {list(shape)} as {format_spec(spec)}, "
-                f"which divides on none of the meshes {', '.join(str(m.as_dict()) for m in having)}. Remedy: pin another "
-                "dimension, or pass a mesh= whose axes divide it."
+                f"which divides on none of the meshes {', '.join(str(m.as_dict()) for m in having)}. Remedy: pin "
+                "another dimension, or pass a mesh= whose axes divide it."
             )
 
 
