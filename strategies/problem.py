@@ -205,7 +205,7 @@ def _transfers(problem: Problem) -> list[Transfer]:
                     assert plain is not None  # candidates are checked against every port
                     spec = plain
                 index.append(listed.setdefault(spec, len(listed)))
-            specs[key] = (list(listed), np.array(index))
+            specs[key] = (list(listed), np.array(index, np.intp))
         return specs[key]
 
     transfers = []
@@ -215,7 +215,7 @@ def _transfers(problem: Problem) -> list[Transfer]:
         columns = list(dict.fromkeys(spec for _, listed, _ in needs for spec in listed))
         where = {spec: i for i, spec in enumerate(columns)}
         consumers = [
-            Consumer(node=n, column_of=np.array([where[s] for s in listed])[index]) for n, listed, index in needs
+            Consumer(node=n, column_of=np.array([where[s] for s in listed], np.intp)[index]) for n, listed, index in needs
         ]
         transfers.append(
             Transfer(
