@@ -37,7 +37,8 @@ def main() -> None:
                 )
                 wall = time.perf_counter() - began
                 search = plan.search
-                best = min((c for c in search.competitors if c.strategy != "auto" and c.fits), key=lambda c: c.step_s)
+                named = [c for c in search.competitors if c.strategy != "auto" and c.fits]
+                best = min(named, key=lambda c: c.step_s, default=None)
                 rows.append(
                     (
                         f"{layers} layers, {'scanned' if scanned else 'unrolled'}",
@@ -46,7 +47,7 @@ def main() -> None:
                         f"{plan.estimate.step_s * 1e3:.2f}",
                         f"{search.lower_bound_s * 1e3:.2f}",
                         f"{search.gap:.2%}",
-                        f"{best.strategy} {best.mesh}: {best.step_s * 1e3:.2f}",
+                        "none fits" if best is None else f"{best.strategy} {best.mesh}: {best.step_s * 1e3:.2f}",
                         f"{search.seconds['trace']:.1f}",
                         f"{wall - search.seconds['trace']:.1f}",
                         f"{search.seconds['rules'] + search.seconds['analyse']:.1f}",

@@ -24,11 +24,7 @@ MOST_ROUNDS = 8
 _MARGIN = 0.98
 """The share of the budget that a new instant may use, so that nearly equal instants next to it fit too."""
 
-_PROVED = 1e-3
-"""How near the least peak is to its proved bound when the search for it stops."""
-
-Solver = Callable[[Problem, Sequence[Instant], bool], Solution | None]
-"""Solves a problem within what may be live at some instants, or, if the last is true, for least memory there."""
+Solver = Callable[[Problem, Sequence[Instant]], Solution | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +47,16 @@ def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:
 
 
 def solve_within(
-    problem: Problem,
-    budget_bytes: float,
-    memory: MemoryModel,
-    times: Lifetimes,
-    solver: Solver,
-    instants: Sequence[Instant] = (),
+    problem: Problem, budget_bytes: float, memory: MemoryModel, times: Lifetimes, solver: Solver
 ) -> Fit | None:
     """The fastest solution that fits, or the one that comes nearest (`fits` is False); None if none was found."""
-    bounds = list(instants)
+    bounds: list[Instant] = []
     nearest: Fit | None = None
     for _ in range(MOST_ROUNDS):
-        solution = solver(problem, bounds, False)
+        solution = solver(problem, bounds)
         if solution is None:
             return nearest
-        found = _fit(problem, solution, budget_bytes, memory)
+        found = fit_of(problem, solution, budget_bytes, memory)
         if found.fits:
             return found
         if nearest is None or found.peak.bytes < nearest.peak.bytes:
@@ -74,32 +65,7 @@ def solve_within(
     return nearest
 
 
-def solve_least(
-    problem: Problem, budget_bytes: float, memory: MemoryModel, times: Lifetimes, solver: Solver
-) -> Fit | None:
-    """The solution of least peak memory; if that fits, the fastest found that does. None if there is no solution.
-
-    Minimises the worst of a few instants and adds the one at which the solution peaks, until that is one of them.
-    """
-    bounds: list[Instant] = []
-    least: Fit | None = None
-    for _ in range(2 * MOST_ROUNDS):
-        solution = solver(problem, bounds, True)
-        if solution is None:
-            break
-        found = _fit(problem, solution, budget_bytes, memory)
-        if least is None or found.peak.bytes < least.peak.bytes:
-            least = found
-        if found.peak.bytes <= solution.worst_bytes * (1 + _PROVED):
-            break
-        bounds.append(instant(problem, times, found.peak.op, budget_bytes))
-    if least is None or not least.fits:
-        return least
-    faster = solve_within(problem, budget_bytes, memory, times, solver, bounds)
-    return faster if faster is not None and faster.fits else least
-
-
-def _fit(problem: Problem, solution: Solution, budget_bytes: float, memory: MemoryModel) -> Fit:
+def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: MemoryModel) -> Fit:
     layout = layout_of(problem, solution.choice)
     most = memory.peak(layout)
     return Fit(solution=solution, layout=layout, peak=most, fits=most.bytes <= budget_bytes)

@@ -12,10 +12,6 @@ Variables
                 m[t, r, j] >= e[t, k, r, j]                                     one resharding serves all who need it
                 sum live bytes <= budget                                        at each instant asked for
 
-    or, for the least memory that will do (`least`),
-
-    minimise    z        subject to the same, and  sum live bytes <= z          at each instant asked for
-
 A transfer with one consumer has m = e. The polytope of e given x is that of a transportation problem, which makes the
 relaxation tight (Alpa, OSDI 2022, section 4.2, linearises the same products pair by pair).
 """
@@ -30,13 +26,11 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.strategies.problem import Problem, total_seconds
+from ffjax.strategies.problem import Problem
 
 Floats = NDArray[np.float64]
 _SCALE = 1e6
 """The objective in microseconds: HiGHS's tolerances are absolute."""
-_TIE_BREAK = 1e-6
-"""Of the most expensive column, against all memory, where memory is minimised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +42,6 @@ class Instant:
     """By transfer: the bytes of its copy in each column."""
     fixed_bytes: float
     budget_bytes: float
-    """What may be live then; under `least` it only scales the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +53,6 @@ class Solution:
     bound_s: float
     status: str
     seconds: float
-    worst_bytes: float = 0.0
-    """Under `least` what is live at the worst of the instants; no choice needs less there."""
 
 
 @dataclass(slots=True)
@@ -83,17 +74,9 @@ class _Rows:
 
 
 def solve(
-    problem: Problem,
-    *,
-    instants: Sequence[Instant] = (),
-    least: bool = False,
-    time_limit_s: float = 60.0,
-    gap: float = 1e-4,
+    problem: Problem, *, instants: Sequence[Instant] = (), time_limit_s: float = 60.0, gap: float = 1e-4
 ) -> Solution | None:
-    """The best choice of candidates, or None if no choice fits the instants' budgets.
-
-    With `least` the choice that needs least memory at the worst of the instants, whatever their budgets.
-    """
+    """The best choice of candidates, or None if no choice fits the instants' budgets."""
     began = time.perf_counter()
     costs: list[float] = []
     integral: list[bool] = []
@@ -137,17 +120,8 @@ def solve(
                 needed = first[consumer.node] + np.flatnonzero(consumer.column_of == j)
                 cells = range(start + j, start + size, m)
                 rows.add([*cells, *needed.tolist()], [1.0] * n + [-1.0] * len(needed), 0.0, 0.0)
-    unit = 1.0
-    if least:
-        unit = max((instant.budget_bytes for instant in instants), default=1.0)
-        # Time breaks ties: without it, moves that no instant sees would be free.
-        most = max((abs(c) for c in costs), default=0.0)
-        costs = [c * _TIE_BREAK / most if most else 0.0 for c in costs]
-        costs.append(1.0)
-        integral.append(False)
-        upper.append(highspy.kHighsInf)
     for instant in instants:
-        _bound_memory(problem, instant, rows, first, moved, worst=len(costs) - 1 if least else None, unit=unit)
+        _bound_memory(problem, instant, rows, first, moved)
 
     highs = highspy.Highs()  # type: ignore[no-untyped-call]
     highs.silent()
@@ -179,28 +153,15 @@ def solve(
     )
     return Solution(
         choice=choice,
-        objective_s=total_seconds(problem, choice) if least else info.objective_function_value / _SCALE,
-        bound_s=0.0 if least else info.mip_dual_bound / _SCALE,
+        objective_s=info.objective_function_value / _SCALE,
+        bound_s=info.mip_dual_bound / _SCALE,
         status=highs.modelStatusToString(status).lower(),
         seconds=seconds,
-        worst_bytes=float(values[-1]) * unit if least else 0.0,
     )
 
 
-def _bound_memory(
-    problem: Problem,
-    instant: Instant,
-    rows: _Rows,
-    first: list[int],
-    moved: list[int],
-    *,
-    worst: int | None,
-    unit: float,
-) -> None:
-    """Live bytes at one instant, in units of the budget so that the row is well scaled.
-
-    At most the budget, or, where `worst` is a column, at most what that column has in `unit` bytes.
-    """
+def _bound_memory(problem: Problem, instant: Instant, rows: _Rows, first: list[int], moved: list[int]) -> None:
+    """Live bytes at one instant, in units of the budget so that the row is well scaled."""
     columns: list[int] = []
     values: list[float] = []
     for node, sizes in instant.node_bytes.items():
@@ -214,8 +175,4 @@ def _bound_memory(
                 if transfer.rows[r] != transfer.columns[j] and sizes[j] > 0:
                     columns.append(moved[index] + r * m + j)
                     values.append(float(sizes[j]) / instant.budget_bytes)
-    fixed = instant.fixed_bytes / instant.budget_bytes
-    if worst is None:
-        rows.add(columns, values, -highspy.kHighsInf, 1.0 - fixed)
-    else:
-        rows.add([*columns, worst], [*values, -unit / instant.budget_bytes], -highspy.kHighsInf, -fixed)
+    rows.add(columns, values, -highspy.kHighsInf, 1.0 - instant.fixed_bytes / instant.budget_bytes)

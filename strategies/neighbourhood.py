@@ -20,27 +20,20 @@ MOST_ROUNDS = 6
 
 
 def solve_near(
-    problem: Problem,
-    starts: Sequence[Sequence[Assignment]],
-    instants: Sequence[Instant] = (),
-    *,
-    least: bool = False,
+    problem: Problem, starts: Sequence[Sequence[Assignment]], instants: Sequence[Instant] = ()
 ) -> Solution | None:
-    """The best choice that such moves reach from the starts (each an assignment for every region).
-
-    With `least` the one that needs least memory at the worst of the instants, as in `ilp.solve`.
-    """
+    """The best choice that such moves reach from the starts (each an assignment for every region)."""
     first = [node.regions[0] for node in problem.nodes]
     centres = [{start[region] for start in starts} for region in first]
     best: Solution | None = None
     for _ in range(MOST_ROUNDS):
         kept = [_near(node.candidates, centre) for node, centre in zip(problem.nodes, centres, strict=True)]
         small = restrict(problem, kept)
-        solution = solve(small, instants=_only(instants, problem, kept, small), least=least)
+        solution = solve(small, instants=_only(instants, problem, kept, small))
         if solution is None:
             return best
         choice = tuple(keep[c] for keep, c in zip(kept, solution.choice, strict=True))
-        improved = best is None or _score(solution, least) < _score(best, least) * (1 - 1e-4)
+        improved = best is None or solution.objective_s < best.objective_s * (1 - 1e-4)
         if improved:
             best = Solution(
                 choice=choice,
@@ -48,16 +41,11 @@ def solve_near(
                 bound_s=0.0,
                 status="neighbourhoods",
                 seconds=solution.seconds + (best.seconds if best else 0.0),
-                worst_bytes=solution.worst_bytes,
             )
         if not improved:
             break
         centres = [{node.candidates[c]} for node, c in zip(problem.nodes, choice, strict=True)]
     return best
-
-
-def _score(solution: Solution, least: bool) -> float:
-    return solution.worst_bytes if least else solution.objective_s
 
 
 def _near(candidates: Sequence[Assignment], centres: set[Assignment]) -> list[int]:

@@ -215,7 +215,8 @@ def _transfers(problem: Problem) -> list[Transfer]:
         columns = list(dict.fromkeys(spec for _, listed, _ in needs for spec in listed))
         where = {spec: i for i, spec in enumerate(columns)}
         consumers = [
-            Consumer(node=n, column_of=np.array([where[s] for s in listed], np.intp)[index]) for n, listed, index in needs
+            Consumer(node=n, column_of=np.array([where[s] for s in listed], np.intp)[index])
+            for n, listed, index in needs
         ]
         transfers.append(
             Transfer(

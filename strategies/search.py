@@ -23,10 +23,11 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
-from ffjax.strategies.budget import Fit, solve_least, solve_within
+from ffjax.strategies.budget import Fit, solve_within
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.ilp import Instant, Solution, solve
+from ffjax.strategies.least_memory import solve_least
 from ffjax.strategies.neighbourhood import solve_near
 from ffjax.strategies.problem import Problem, build_problem, total_seconds
 from ffjax.strategies.prune import prune
@@ -134,13 +135,12 @@ def search(
     if not found:
         raise ValueError(f"no candidate is left for strategy {strategy!r} on any mesh; loosen the pins")
     if not any(f.fits for f in found):
-        if progress:
-            progress("nothing fits: minimising memory", 1.0)
-        if strategy == AUTO:
-            least = [search_.free(m, [f for f in found if f.mesh == m], least=True) for m in meshes]
-        else:
-            least = [search_.restricted(entry, m, roles, least=True) for entry, m, roles in pairs]
-        found += [f for f in least if f is not None]
+        for done, near in enumerate(_leanest(found)):
+            if progress:
+                progress(f"nothing fits: least memory on {near.mesh}", 0.9 + 0.02 * done)
+            result = search_.least(near, [f for f in found if f.mesh == near.mesh], strategy)
+            if result is not None:
+                found.append(result)
     finished = time.perf_counter()
     fitting = [f for f in found if f.fits]
     best = min(fitting, key=lambda f: f.step_s) if fitting else min(found, key=lambda f: f.peak.bytes)
@@ -197,10 +197,8 @@ class _Search:
         self.times: Lifetimes = lifetimes(regions.graph)
         self.memory = MemoryModel(regions, self.times, self.keys)
 
-    def restricted(
-        self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, least: bool = False
-    ) -> Found | None:
-        """The best plan of a named strategy on one mesh; with `least`, by memory before time."""
+    def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role]) -> Found | None:
+        """The best plan of a named strategy on one mesh."""
         began = time.perf_counter()
         rules = Roles(self.regions, self.dims, mesh, roles)
         pins = self.keep(mesh) if self.keep is not None else None
@@ -210,8 +208,9 @@ class _Search:
         if any(not node.candidates for node in problem.nodes):
             return None
         allowed = rules.forbid(problem)
-        within = solve_least if least else solve_within
-        fit = within(allowed, self.budget_bytes, self.memory, self.times, _solve)
+        fit = solve_within(allowed, self.budget_bytes, self.memory, self.times, _solve)
+        if least and fit is not None:
+            fit = solve_least(allowed, self.budget_bytes, self.memory, self.times, _solve, fit)
         return self._found(strategy.name, problem, fit, exact=True, began=began)
 
     def free(self, mesh: MeshShape, starts: Sequence[Found], *, least: bool = False) -> Found | None:
@@ -224,14 +223,11 @@ class _Search:
         cells = sum(t.seconds.size * len(t.consumers) for t in problem.transfers)
         exact = cells <= EXACT_CELLS or not starts
 
-        def solver(p: Problem, instants: Sequence[Instant], least: bool) -> Solution | None:
+        def solver(p: Problem, instants: Sequence[Instant]) -> Solution | None:
             if exact:
-                return _solve(p, instants, least)
-            return solve_near(p, [s.layout.assignments for s in starts], instants, least=least)
+                return _solve(p, instants)
+            return solve_near(p, [s.layout.assignments for s in starts], instants)
 
-        if least:
-            fit = solve_least(problem, self.budget_bytes, self.memory, self.times, solver)
-            return self._found(AUTO, problem, fit, exact=exact, began=began)
         pruned, _ = prune(problem)
         fit = solve_within(pruned, self.budget_bytes, self.memory, self.times, solver)
         if fit is not None and not fit.fits:
@@ -261,8 +257,8 @@ class _Search:
         )
 
 
-def _solve(problem: Problem, instants: Sequence[Instant], least: bool) -> Solution | None:
-    return solve(problem, instants=instants, least=least)
+def _solve(problem: Problem, instants: Sequence[Instant]) -> Solution | None:
+    return solve(problem, instants=instants)
 
 
 def _both(first: Keep | None, second: Keep | None) -> Keep | None:

@@ -146,8 +146,13 @@ class _Interpreter:
         operands = [self.read(atom, op, 0) for atom, op in zip(eqn.invars, enters, strict=True)]
         return self.bound(eqn, operands, params, None)
 
-    def body(self, jaxpr: Jaxpr, scope: Scope) -> ClosedJaxpr:
+    def body(self, jaxpr: Jaxpr, scope: Scope, kept: int = 0) -> ClosedJaxpr:
         """A body with its constraints, traced anew at the same abstract values."""
         inner = _Interpreter(self.layout, self.mesh)
         avals = [compat.struct_of(v) for v in jaxpr.invars]
-        return jax.make_jaxpr(lambda *args: inner.run(jaxpr, args, scope))(*avals)
+
+        def run(*args: jax.Array) -> tuple[jax.Array, ...]:
+            results = inner.run(jaxpr, args, scope)
+            return (*(inner.env[v] for v in jaxpr.invars[:kept]), *results)
+
+        return jax.make_jaxpr(run)(*avals)
