@@ -11,7 +11,9 @@ bytes are counted where a value really is in memory:
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ffjax.ir import compat
@@ -100,6 +102,22 @@ def kernels(regions: Regions) -> list[Kernel]:
                 )
             )
     return sorted(made, key=lambda k: k.op)
+
+
+def by_family(kernels: Sequence[Kernel], keys: Sequence[str]) -> dict[str, list[Kernel]]:
+    """The kernels of each family of regions, those that are alike as one with all their trips.
+
+    Members of a family number their atoms alike, so a family's kernels are priced in any member's atoms.
+    """
+    alike: dict[tuple[object, ...], tuple[Kernel, float]] = {}
+    for k in kernels:
+        key = (keys[k.region], k.flops, k.matmul, k.dtype, k.launches, k.traffic, k.iteration)
+        first, trips = alike.get(key, (k, 0.0))
+        alike[key] = (first, trips + k.trips)
+    families: dict[str, list[Kernel]] = {}
+    for first, trips in alike.values():
+        families.setdefault(keys[first.region], []).append(dataclasses.replace(first, trips=trips))
+    return families
 
 
 def fusible(op: Op) -> bool:

@@ -30,7 +30,7 @@ def pinned_specs(regions: Regions, pins: Pins) -> dict[int, tuple[str, Spec]]:
     for pattern, spec in pins.items():
         matched = [op for op in graph.arguments if matches(pattern, graph.ops[op].label)]
         if not matched:
-            paths = [graph.ops[op].label for op in graph.arguments]
+            paths = [leaf.path for leaf in graph.program.args]
             near = ", ".join(paths[:6])
             raise PinError(f"the pin {pattern!r} matches no argument. Remedy: use one of the paths, such as {near}.")
         for op in matched:

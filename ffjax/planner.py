@@ -25,7 +25,7 @@ from ffjax.pins import check_pins, keep_pins
 from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
 from ffjax.strategies.families import family_keys, members
 from ffjax.strategies.runner_up import RunnerUp, runners_up
-from ffjax.strategies.search import AUTO, Found, Progress, SearchResult, search
+from ffjax.strategies.search import AUTO, MOST_AXES, Found, Progress, SearchResult, search
 
 Pins = Mapping[str, PartitionSpec]
 
@@ -122,7 +122,7 @@ def plan_program(
     graph = build_graph(program)
     regions = find_regions(graph)
     if pins:
-        check_pins(regions, pins, meshes or cluster.mesh_shapes())
+        check_pins(regions, pins, meshes or cluster.mesh_shapes(max_axes=MOST_AXES))
     analysed = time.perf_counter()
     try:
         result = search(

@@ -47,22 +47,26 @@ def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:
 
 
 def solve_within(
-    problem: Problem, budget_bytes: float, memory: MemoryModel, times: Lifetimes, solver: Solver
+    problem: Problem,
+    budget_bytes: float,
+    memory: MemoryModel,
+    times: Lifetimes,
+    solver: Solver,
+    rounds: int = MOST_ROUNDS,
 ) -> Fit | None:
-    """The fastest solution that fits, or the one that comes nearest (`fits` is False); None if none was found."""
-    bounds: list[Instant] = []
-    nearest: Fit | None = None
-    for _ in range(MOST_ROUNDS):
-        solution = solver(problem, bounds)
+    """The fastest solution that fits, or the fastest of all (`fits` is False); None if there is no solution at all."""
+    instants: list[Instant] = []
+    fastest: Fit | None = None
+    for _ in range(rounds):
+        solution = solver(problem, instants)
         if solution is None:
-            return nearest
+            return fastest
         found = fit_of(problem, solution, budget_bytes, memory)
         if found.fits:
             return found
-        if nearest is None or found.peak.bytes < nearest.peak.bytes:
-            nearest = found
-        bounds.append(instant(problem, times, found.peak.op, budget_bytes * _MARGIN))
-    return nearest
+        fastest = fastest or found
+        instants.append(instant(problem, times, found.peak.op, budget_bytes * _MARGIN))
+    return fastest
 
 
 def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: MemoryModel) -> Fit:

@@ -2,7 +2,7 @@
 
 An axis may split any atom that can be split and that it divides; several axes may split one atom. An axis that
 splits a reduced atom leaves partial sums, which are all-reduced, or, where the region is one op, scattered along
-any dimension of its result that divides.
+one dimension of its result that divides.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def _valid(
     partial = [d for a, d in zip(assignment.atoms, assignment.scatter, strict=True) if a in reduced]
     if all(d == UNUSED for d in partial):
         return True
-    # One collective per op: either all partial sums are scattered or none.
-    if any(d == UNUSED for d in partial):
+    # One collective per op, along one dimension: XLA forms no other reduce-scatter.
+    if len(set(partial)) > 1:
         return False
     spec = spec_of(result, region.sizes, assignment, mesh)
     return spec is not None and divides(shape, scattered(spec, assignment, mesh), mesh)

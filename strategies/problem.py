@@ -9,7 +9,7 @@ that some consumer in the same scope needs is made once, however many need it. C
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -118,16 +118,13 @@ class ReshardCosts:
 def build_problem(
     regions: Regions,
     keys: Sequence[str],
-    kernels: Sequence[Kernel],
+    kernels: Mapping[str, Sequence[Kernel]],
     model: CollectiveModel,
     allow: Allow | None = None,
     keep: Keep | None = None,
 ) -> Problem:
-    """Puts the program on one mesh. `keys` are the families'; `allow` and `keep` restrict candidates."""
+    """Puts the program on one mesh. `keys` are the families', as are those of `kernels`; `allow` and `keep` restrict candidates."""
     mesh = model.mesh
-    by_region: dict[int, list[Kernel]] = {}
-    for kernel in kernels:
-        by_region.setdefault(kernel.region, []).append(kernel)
     nodes: list[Node] = []
     node_of = [0] * len(regions.regions)
     for key, family in members(keys).items():
@@ -140,7 +137,7 @@ def build_problem(
                 key=key,
                 regions=family,
                 candidates=found,
-                compute_s=count * compute_seconds(by_region.get(first.id, ()), splits, model),
+                compute_s=compute_seconds(kernels.get(key, ()), splits, model),
                 reduction_s=count * reduction_seconds(regions, first, found, splits, model),
                 splits=splits,
             )

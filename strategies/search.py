@@ -3,38 +3,41 @@
 1. Every named strategy that has a use for a mesh is solved on every mesh; restricted problems are small.
 2. On the meshes where they did best the free problem is solved: exactly (`ilp.solve`), or, where it is too large for
    that, in neighbourhoods of the best named solutions (`neighbourhood`).
-3. Where nothing fits, memory is minimised instead: what needs least may fit after all, or says what budget would do.
+3. Where that does not fit, memory is given a price (`priced_memory`), which also finds what budget would do.
 4. The answer is the fastest that fits. The free space contains every strategy, so it is never worse than the best of
    them under the same costs; where only neighbourhoods were searched, the strategies themselves still compete.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
-from ffjax.cost.kernels import Kernel, kernels
+from ffjax.cost.kernels import Kernel, by_family, kernels
 from ffjax.cost.memory import Lifetimes, MemoryModel, Peak, lifetimes
 from ffjax.ir.dims import named_dims
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
-from ffjax.strategies.budget import Fit, solve_within
+from ffjax.strategies.budget import MOST_ROUNDS, Fit, Solver, solve_within
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.ilp import Instant, Solution, solve
-from ffjax.strategies.least_memory import solve_least
 from ffjax.strategies.neighbourhood import solve_near
+from ffjax.strategies.priced_memory import solve_priced
 from ffjax.strategies.problem import Problem, build_problem, total_seconds
 from ffjax.strategies.prune import prune
 from ffjax.strategies.roles import Roles
 
 EXACT_CELLS = 150_000
 """Resharding variables up to which the free problem is solved exactly."""
+LEAN_CELLS = 10_000
+"""The same where memory is short: with bytes as a constraint or, many times over, in the objective."""
 MOST_AXES = 2
 """Of the meshes that are tried when none is given."""
 FREE_MESHES = 2
@@ -120,7 +123,7 @@ def search(
     for done, (entry, mesh, roles) in enumerate(pairs):
         if progress:
             progress(f"{entry.name} on {mesh}", 0.5 * done / len(pairs))
-        result = search_.restricted(entry, mesh, roles)
+        result = search_.restricted(entry, mesh, roles, alone=strategy != AUTO)
         if result is not None:
             found.append(result)
     restricted = time.perf_counter()
@@ -134,13 +137,6 @@ def search(
                 found.append(result)
     if not found:
         raise ValueError(f"no candidate is left for strategy {strategy!r} on any mesh; loosen the pins")
-    if not any(f.fits for f in found):
-        for done, near in enumerate(_leanest(found)):
-            if progress:
-                progress(f"nothing fits: least memory on {near.mesh}", 0.9 + 0.02 * done)
-            result = search_.least(near, [f for f in found if f.mesh == near.mesh], strategy)
-            if result is not None:
-                found.append(result)
     finished = time.perf_counter()
     fitting = [f for f in found if f.fits]
     best = min(fitting, key=lambda f: f.step_s) if fitting else min(found, key=lambda f: f.peak.bytes)
@@ -193,49 +189,56 @@ class _Search:
         self.keep = keep
         self.keys = family_keys(regions)
         self.kernels = kernels(regions)
+        self.by_family = by_family(self.kernels, self.keys)
         self.dims = named_dims(regions)
         self.times: Lifetimes = lifetimes(regions.graph)
         self.memory = MemoryModel(regions, self.times, self.keys)
 
-    def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role]) -> Found | None:
-        """The best plan of a named strategy on one mesh."""
+    def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> Found | None:
+        """The best plan of a named strategy on one mesh; one that stands alone is made to fit if it can."""
         began = time.perf_counter()
         rules = Roles(self.regions, self.dims, mesh, roles)
         pins = self.keep(mesh) if self.keep is not None else None
         keep = _both(rules.keep(), pins)
         model = CollectiveModel(mesh, self.cluster)
-        problem = build_problem(self.regions, self.keys, self.kernels, model, rules.allow(), keep)
+        problem = build_problem(self.regions, self.keys, self.by_family, model, rules.allow(), keep)
         if any(not node.candidates for node in problem.nodes):
             return None
         allowed = rules.forbid(problem)
         fit = solve_within(allowed, self.budget_bytes, self.memory, self.times, _solve)
-        if least and fit is not None:
-            fit = solve_least(allowed, self.budget_bytes, self.memory, self.times, _solve, fit)
+        if alone and fit is not None and not fit.fits:
+            fit = self._priced(allowed, _solve, fit)
         return self._found(strategy.name, problem, fit, exact=True, began=began)
 
-    def free(self, mesh: MeshShape, starts: Sequence[Found], *, least: bool = False) -> Found | None:
-        """The best plan of the whole space on one mesh; with `least`, by memory before time."""
+    def free(self, mesh: MeshShape, starts: Sequence[Found]) -> Found | None:
+        """The best plan of the whole space on one mesh."""
         began = time.perf_counter()
         pins = self.keep(mesh) if self.keep is not None else None
-        problem = build_problem(self.regions, self.keys, self.kernels, CollectiveModel(mesh, self.cluster), None, pins)
+        problem = build_problem(self.regions, self.keys, self.by_family, CollectiveModel(mesh, self.cluster), None, pins)
         if any(not node.candidates for node in problem.nodes):
             return None
         cells = sum(t.seconds.size * len(t.consumers) for t in problem.transfers)
         exact = cells <= EXACT_CELLS or not starts
 
-        def solver(p: Problem, instants: Sequence[Instant]) -> Solution | None:
-            if exact:
-                return _solve(p, instants)
+        def near(p: Problem, instants: Sequence[Instant]) -> Solution | None:
             return solve_near(p, [s.layout.assignments for s in starts], instants)
 
+        solver = _solve if exact else near
         pruned, _ = prune(problem)
-        fit = solve_within(pruned, self.budget_bytes, self.memory, self.times, solver)
+        lean = cells <= LEAN_CELLS or not starts
+        rounds = MOST_ROUNDS if lean else 1
+        fit = solve_within(pruned, self.budget_bytes, self.memory, self.times, solver, rounds)
         if fit is not None and not fit.fits:
             # Pruning looks at time alone: what it dropped may be what fits.
-            again = solve_within(problem, self.budget_bytes, self.memory, self.times, solver)
-            fit = again if again is not None and again.fits else fit
-            pruned = problem if fit is again else pruned
+            where = [{c: i for i, c in enumerate(node.candidates)} for node in problem.nodes]
+            kept = [node.candidates[c] for node, c in zip(pruned.nodes, fit.solution.choice, strict=True)]
+            choice = tuple(index[c] for index, c in zip(where, kept, strict=True))
+            fit = dataclasses.replace(fit, solution=dataclasses.replace(fit.solution, choice=choice))
+            pruned, fit = problem, self._priced(problem, _solve if lean else near, fit)
         return self._found(AUTO, pruned, fit, exact=exact, began=began)
+
+    def _priced(self, problem: Problem, solver: Solver, fit: Fit) -> Fit:
+        return solve_priced(problem, self.budget_bytes, self.memory, self.times, solver, fit)
 
     def _found(self, name: str, problem: Problem, fit: Fit | None, *, exact: bool, began: float) -> Found | None:
         if fit is None:

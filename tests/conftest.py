@@ -1,4 +1,7 @@
-"""Every test runs on eight CPU fake devices; `pytest --gpu -m gpu` runs those marked `gpu` on a real one."""
+"""Every test runs on eight CPU fake devices; `pytest --gpu -m gpu` runs those marked `gpu` on a real one.
+
+`pytest --full` also runs what is left out of large matrices by default.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,19 @@ from ffjax.testing import fake_devices
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="let JAX use a GPU, and run the tests marked gpu")
+    parser.addoption("--full", action="store_true", help="run the tests marked full: all of a matrix, not a rotation")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: a part of a matrix that only --full runs")
     fake_devices(8, cpu_only=not config.getoption("--gpu"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        rest = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     if jax.default_backend() == "gpu":
         return
     for item in items:

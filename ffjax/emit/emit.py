@@ -115,6 +115,11 @@ class _Interpreter:
     def plain(self, eqn: JaxprEqn) -> list[jax.Array]:
         op = self.graph.op_of[id(eqn)]
         operands = [self.read(atom, op, i) for i, atom in enumerate(eqn.invars)]
+        if eqn.primitive.name.startswith("scatter") and any(self.layout.operand(op, 0)):
+            # XLA merges the slice that makes a piece with the slice that a scatter of one row becomes, and loses the
+            # inner slice's clamp: devices that do not hold the row then overwrite another one of theirs.
+            piece = jax.lax.optimization_barrier(operands[0])
+            operands[0] = self.constrain(piece, self.layout.operand(op, 0))
         return self.bound(eqn, operands, eqn.params, op)
 
     def bound(
@@ -125,16 +130,14 @@ class _Interpreter:
 
     def structured(self, eqn: JaxprEqn) -> list[jax.Array]:
         scopes = [self.graph.scopes[s] for s in self.graph.scopes_of[id(eqn)]]
+        if eqn.primitive.name == "while":
+            return self.while_loop(eqn, *scopes)
         rebuilt = [self.body(jaxpr, scope) for jaxpr, scope in zip(bodies(eqn), scopes, strict=True)]
         params = dict(eqn.params)
         match eqn.primitive.name:
             case "scan":
                 params["jaxpr"] = rebuilt[0]
                 enters = scopes[0].enter
-            case "while":
-                params["cond_jaxpr"], params["body_jaxpr"] = rebuilt
-                cond, consts = params["cond_nconsts"], params["body_nconsts"]
-                enters = scopes[0].enter[:cond] + scopes[1].enter[:consts] + scopes[1].enter[consts:]
             case "cond":
                 params["branches"] = tuple(rebuilt)
                 # Every branch reads the operands; each reshards its own inside.
@@ -146,13 +149,37 @@ class _Interpreter:
         operands = [self.read(atom, op, 0) for atom, op in zip(eqn.invars, enters, strict=True)]
         return self.bound(eqn, operands, params, None)
 
-    def body(self, jaxpr: Jaxpr, scope: Scope, kept: int = 0) -> ClosedJaxpr:
+    def while_loop(self, eqn: JaxprEqn, test: Scope, step: Scope) -> list[jax.Array]:
+        """A while loop that carries what its body only reads.
+
+        Such arrays are carried anyway once lowered, but there what is handed on is the last resharding of them (Shardy
+        lets a chain of constraints on a loop's argument speak for all later uses), which had to be undone each time.
+        """
+        before, read = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond, body = bodies(eqn)
+
+        def run_test(*args: jax.Array) -> jax.Array:
+            inner = _Interpreter(self.layout, self.mesh)
+            return inner.run(cond, args[:before] + args[before + read :], test)[0]
+
+        def run_step(*args: jax.Array) -> tuple[jax.Array, ...]:
+            inner = _Interpreter(self.layout, self.mesh)
+            results = inner.run(body, args, step)
+            return (*(inner.env[v] for v in body.invars[:read]), *results)
+
+        enters = test.enter[:before] + step.enter
+        operands = [self.read(atom, op, 0) for atom, op in zip(eqn.invars, enters, strict=True)]
+        avals = [compat.struct_of(v) for v in (*cond.invars[:before], *body.invars)]
+        params = dict(eqn.params) | {
+            "cond_jaxpr": jax.make_jaxpr(run_test)(*avals),
+            "body_jaxpr": jax.make_jaxpr(run_step)(*avals[before:]),
+            "body_nconsts": 0,
+        }
+        results = compat.bind(eqn, operands, params)[read:]
+        return [self.write(array, var, None) for array, var in zip(results, eqn.outvars, strict=True)]
+
+    def body(self, jaxpr: Jaxpr, scope: Scope) -> ClosedJaxpr:
         """A body with its constraints, traced anew at the same abstract values."""
         inner = _Interpreter(self.layout, self.mesh)
         avals = [compat.struct_of(v) for v in jaxpr.invars]
-
-        def run(*args: jax.Array) -> tuple[jax.Array, ...]:
-            results = inner.run(jaxpr, args, scope)
-            return (*(inner.env[v] for v in jaxpr.invars[:kept]), *results)
-
-        return jax.make_jaxpr(run)(*avals)
+        return jax.make_jaxpr(lambda *args: inner.run(jaxpr, args, scope))(*avals)
