@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from ffjax.errors import PinError
 from ffjax.ir.assignment import Assignment, spec_of
 from ffjax.ir.regions import Region, Regions
-from ffjax.ir.spec import MeshShape, Spec, format_spec
-from ffjax.strategies.candidates import Keep
+from ffjax.ir.spec import MeshShape, Spec, divides, format_spec
+from ffjax.strategies.candidates import Keep, candidates
 
 Pins = Mapping[str, PartitionSpec]
 
@@ -25,6 +25,11 @@ def pinned_specs(regions: Regions, pins: Pins) -> dict[int, tuple[str, Spec]]:
     Raises:
       PinError: for a pattern that matches nothing, or too long a spec, or two pins that contradict each other.
     """
+    if not isinstance(pins, Mapping):
+        raise PinError(
+            f"pins={pins!r} is no mapping. Remedy: give a PartitionSpec for each path, such as "
+            "{'params/**/kernel': PartitionSpec(None, 'x')}."
+        )
     graph = regions.graph
     found: dict[int, tuple[str, Spec]] = {}
     for pattern, spec in pins.items():
@@ -56,38 +61,76 @@ def keep_pins(regions: Regions, pins: Pins) -> Callable[[MeshShape], Keep | None
         by_region.setdefault(regions.region_of[op], []).append(op)
 
     def on(mesh: MeshShape) -> Keep:
+        # An axis of one device splits nothing, so that no candidate names it.
+        idle = {a for a, size in zip(mesh.axes, mesh.sizes, strict=True) if size == 1}
+        specs = {op: tuple(tuple(a for a in dim if a not in idle) for dim in spec) for op, (_, spec) in wanted.items()}
+
         def keep(region: Region, found: Sequence[Assignment]) -> list[Assignment]:
-            pinned = by_region.get(region.id, ())
-            return [
-                c
-                for c in found
-                if all(spec_of(regions.ports[op].results[0], region.sizes, c, mesh) == wanted[op][1] for op in pinned)
-            ]
+            pinned = [(regions.ports[op].results[0], specs[op]) for op in by_region.get(region.id, ())]
+            return [c for c in found if all(spec_of(d, region.sizes, c, mesh) == spec for d, spec in pinned)]
 
         return keep
 
     return on
 
 
+def pin_marks(regions: Regions, pins: Pins) -> dict[int, str]:
+    """For each region with pinned arguments what they are pinned to: regions that differ in it are decided apart."""
+    marks: dict[int, list[str]] = {}
+    for op, (_, spec) in sorted(pinned_specs(regions, pins).items()):
+        port = regions.ports[op].results[0]
+        marks.setdefault(regions.region_of[op], []).append(f"{port} {format_spec(spec)}")
+    return {region: "; ".join(sorted(own)) for region, own in marks.items()}
+
+
 def check_pins(regions: Regions, pins: Pins, meshes: Sequence[MeshShape]) -> None:
-    """Raises PinError if no mesh has the axes that the pins name, or the pinned arrays divide on none."""
+    """Raises PinError for pins that no mesh can satisfy: unknown axes, indivisible dimensions, arrays that go along."""
     wanted = pinned_specs(regions, pins)
     graph = regions.graph
+    by_region: dict[int, list[int]] = {}
     for op, (pattern, spec) in wanted.items():
+        by_region.setdefault(regions.region_of[op], []).append(op)
         axes = {a for dim in spec for a in dim}
         having = [m for m in meshes if axes <= set(m.axes)]
         if not having:
             raise PinError(
                 f"the pin {pattern!r} names mesh axes {sorted(axes)}, which none of the meshes has "
-                f"({', '.join(str(m.as_dict()) for m in meshes)}). Remedy: name axes of one of them, or pass mesh=."
+                f"({_listed(meshes)}). Remedy: name axes of one of them, or pass mesh=."
             )
         shape = graph.values[graph.ops[op].results[0]].shape
-        if not any(all(n % m.size(dim) == 0 for n, dim in zip(shape, spec, strict=True)) for m in having):
+        if not any(divides(shape, spec, m) for m in having):
             raise PinError(
                 f"the pin {pattern!r} shards {graph.ops[op].label} of shape {list(shape)} as {format_spec(spec)}, "
-                f"which divides on none of the meshes {', '.join(str(m.as_dict()) for m in having)}. Remedy: pin "
-                "another dimension, or pass a mesh= whose axes divide it."
+                f"which divides on none of the meshes {_listed(having)}. Remedy: pin another dimension, or pass a mesh= "
+                "whose axes divide it."
             )
+    for region, ops in by_region.items():
+        if not any(_possible(regions, region, pins, m) for m in meshes):
+            first = wanted[ops[0]][0]
+            others = [op for op in ops if wanted[op][0] != first]
+            shown = (ops[:1] + others)[:4]
+            pinned = ", ".join(f"{graph.ops[op].label} as {format_spec(wanted[op][1])}" for op in shown)
+            why = (
+                "are of one shape all through the program and cannot be sharded differently"
+                if others
+                else "cannot be sharded so: an op needs a whole dimension, or uses one dimension as two"
+            )
+            patterns = ", ".join(repr(p) for p in dict.fromkeys(wanted[op][0] for op in ops))
+            raise PinError(f"the pins {patterns}: {pinned} {why}. Remedy: pin them alike, or pin one of them only.")
+
+
+def entries(spec: PartitionSpec) -> Spec:
+    """`P(None, "x", ("x", "y"))` as `((), ("x",), ("x", "y"))`."""
+    return tuple(() if e is None else (e,) if isinstance(e, str) else e for e in spec)
+
+
+def _possible(regions: Regions, region: int, pins: Pins, mesh: MeshShape) -> bool:
+    keep = keep_pins(regions, pins)
+    return keep is not None and bool(candidates(regions, regions.regions[region], mesh, None, keep(mesh)))
+
+
+def _listed(meshes: Sequence[MeshShape]) -> str:
+    return ", ".join(str(m.as_dict()) for m in meshes)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -107,9 +150,18 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def _spec(pattern: str, spec: PartitionSpec, rank: int, label: str) -> Spec:
+    if not isinstance(spec, PartitionSpec):
+        raise PinError(f"the pin {pattern!r} is {spec!r}. Remedy: give a jax.sharding.PartitionSpec.")
     if len(spec) > rank:
         raise PinError(
             f"the pin {pattern!r} has {len(spec)} entries, {label} has {rank} dimensions. Remedy: shorten the spec."
         )
-    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
-    return tuple(entries) + ((),) * (rank - len(entries))
+    dims = entries(spec)
+    if not all(isinstance(e, tuple) and all(isinstance(a, str) for a in e) for e in dims):
+        raise PinError(
+            f"the pin {pattern!r} is {spec}. Remedy: give for each dimension None, a mesh axis or a tuple of axes."
+        )
+    axes = [a for e in dims for a in e]
+    if len(axes) != len(set(axes)):
+        raise PinError(f"the pin {pattern!r} is {spec}, which uses an axis twice. Remedy: use each axis once.")
+    return dims + ((),) * (rank - len(dims))

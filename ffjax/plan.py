@@ -99,6 +99,8 @@ class Plan:
     mesh: MeshShape
     axis_prices: tuple[float, ...]
     budget_bytes: float
+    pins: dict[str, Spec]
+    """What the user fixed: patterns of argument paths, and how those are sharded."""
     args: tuple[Placement, ...]
     results: tuple[Placement, ...]
     closures: tuple[Placement, ...]
@@ -149,11 +151,19 @@ class Plan:
             f"the plan has no argument or result {path!r}; it has {', '.join(p.path for p in self.args[:8])}, ..."
         )
 
-    def bind(self, step: Any, *args: Any, **kwargs: Any) -> Plan:
+    def bind(
+        self,
+        step: Any,
+        *args: Any,
+        static_argnums: int | Sequence[int] = (),
+        donate_argnums: int | Sequence[int] = (),
+        **kwargs: Any,
+    ) -> Plan:
         """This plan on a program: traces `step` and checks that it is the one that the plan was made for."""
-        from ffjax.planner import bind
+        from ffjax.planner import bind_program, trace_step
 
-        return bind(self, step, args, kwargs)
+        program = trace_step(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+        return bind_program(self, program)
 
     def lower(self, devices: Sequence[Any] | None = None) -> jax.stages.Lowered:
         """Lowers the sharded step: for `devices`, or, without any, for a mesh that need not exist."""

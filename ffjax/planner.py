@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +14,19 @@ from ffjax import nnx
 from ffjax.cost.cluster import Cluster, parse_bytes
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
-from ffjax.errors import BudgetError, ClusterError, PinError, PlanError, PlanMismatch
+from ffjax.emit.emit import partition_spec
+from ffjax.errors import PinError, PlanError, PlanMismatch
+from ffjax.inputs import argnums, cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import Graph, Op, build_graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Region, Regions, find_regions
 from ffjax.ir.rules import factor_name
-from ffjax.ir.spec import MeshShape
+from ffjax.ir.spec import MeshShape, Spec, format_spec
 from ffjax.ir.trace import Program, trace
-from ffjax.pins import check_pins, keep_pins
+from ffjax.pins import check_pins, entries, keep_pins, pin_marks
 from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
+from ffjax.strategies.candidates import is_candidate
 from ffjax.strategies.families import family_keys, members
 from ffjax.strategies.runner_up import RunnerUp, runners_up
 from ffjax.strategies.search import AUTO, MOST_AXES, Found, Progress, SearchResult, search
@@ -82,7 +86,8 @@ def trace_step(
     donate_argnums: int | Sequence[int] = (),
 ) -> Program:
     """Traces a step; one that takes NNX objects is made a function of their state first."""
-    static, donated = argnums(static_argnums, len(args)), argnums(donate_argnums, len(args))
+    static = argnums(static_argnums, len(args), "static_argnums")
+    donated = argnums(donate_argnums, len(args), "donate_argnums")
     return trace_call(nnx.as_function(step, args, kwargs, static, donated))
 
 
@@ -91,16 +96,6 @@ def trace_call(call: nnx.Call) -> Program:
     return trace(
         call.step, call.args, call.kwargs, static_argnums=call.static_argnums, donate_argnums=call.donate_argnums
     )
-
-
-def argnums(numbers: int | Sequence[int], count: int) -> tuple[int, ...]:
-    given = (numbers,) if isinstance(numbers, int) else tuple(numbers)
-    for number in given:
-        if not -count <= number < count:
-            raise PlanError(
-                f"argument number {number} of static_argnums or donate_argnums, but there are {count} arguments"
-            )
-    return tuple(n % count for n in given)
 
 
 def plan_program(
@@ -116,9 +111,9 @@ def plan_program(
 ) -> Plan:
     """Searches a plan for a program that is traced already; see `plan`."""
     began = time.perf_counter()
-    cluster = Cluster.local() if cluster is None else cluster
+    cluster = cluster_of(cluster)
     budget = float(cluster.device.memory_bytes if memory is None else parse_bytes(memory))
-    meshes = None if mesh is None else [_mesh(mesh, cluster)]
+    meshes = None if mesh is None else [mesh_of(mesh, cluster)]
     graph = build_graph(program)
     regions = find_regions(graph)
     if pins:
@@ -132,25 +127,20 @@ def plan_program(
             strategy=strategy,
             meshes=meshes,
             keep=keep_pins(regions, pins or {}),
+            marks=pin_marks(regions, pins or {}),
             progress=progress,
         )
     except ValueError as error:
         raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
     if not result.best.fits:
-        raise _over_budget(result, budget, cluster)
+        raise over_budget(result, budget, cluster)
+    warn_if_batch_is_whole(regions, result.best.mesh)
     seconds = {"trace": trace_s, "rules": analysed - began, **result.seconds}
-    return _report(program, regions, cluster, result, budget, strategy, seconds)
-
-
-def bind(plan: Plan, step: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
-    """A plan on the program of a step; raises PlanMismatch if it was made for another."""
-    return bind_program(plan, trace_step(step, args, kwargs))
+    return _report(program, regions, cluster, result, budget, strategy, pins or {}, seconds)
 
 
 def bind_program(plan: Plan, program: Program) -> Plan:
     """A plan on a program; raises PlanMismatch that says what differs if it was made for another."""
-    import dataclasses
-
     for ours, theirs in zip(program.args, plan.args, strict=False):
         if (ours.path, ours.shape, ours.dtype) != (theirs.path, theirs.shape, theirs.dtype):
             raise PlanMismatch(
@@ -159,11 +149,33 @@ def bind_program(plan: Plan, program: Program) -> Plan:
             )
     regions = find_regions(build_graph(program))
     plan.check_fingerprint(fingerprint(regions), program.name)
-    decisions = {d.key: d for d in plan.decisions}
+    marks = pin_marks(regions, {pattern: partition_spec(spec) for pattern, spec in plan.pins.items()})
+    keys = family_keys(regions, marks)
+    found = {d.key: d.assignment(plan.mesh) for d in plan.decisions}
     nothing = Assignment((UNUSED,) * len(plan.mesh.axes), (UNUSED,) * len(plan.mesh.axes))
-    assigned = [decisions[key].assignment(plan.mesh) if key in decisions else nothing for key in family_keys(regions)]
-    layout = Layout(regions=regions, mesh=plan.mesh, assignments=assigned, axis_prices=plan.axis_prices)
+    for key, family in members(keys).items():
+        first = regions.regions[family[0]]
+        chosen = found.setdefault(key, nothing) if not first.sizes else found.get(key)
+        if chosen is None or not is_candidate(first, chosen, plan.mesh):
+            where, what = _subject(regions.graph, first)
+            raise PlanError(
+                f"the plan of {plan.program!r} has {'no' if chosen is None else 'an impossible'} decision for {what} at "
+                f"{where} (key {key!r}). Remedy: restore the plan's file, or search the plan again; pins= changes a plan."
+            )
+    layout = Layout(regions=regions, mesh=plan.mesh, assignments=[found[k] for k in keys], axis_prices=plan.axis_prices)
+    for placement, spec in zip(plan.args, _argument_specs(layout), strict=True):
+        if placement.spec != spec:
+            raise PlanError(
+                f"the plan of {plan.program!r} says that {placement.path} is {format_spec(placement.spec)}, but by its "
+                f"decisions it is {format_spec(spec)}. Remedy: restore the plan's file; pins= changes a plan."
+            )
     return dataclasses.replace(plan, layout=layout)
+
+
+def _argument_specs(layout: Layout) -> list[Spec]:
+    """How the leaves of the arguments are sharded."""
+    graph = layout.graph
+    return [layout.home(graph.ops[op].results[0]) for op in graph.arguments[len(graph.program.closures) :]]
 
 
 def fingerprint(regions: Regions, keys: Sequence[str] | None = None) -> str:
@@ -181,36 +193,6 @@ def program_fingerprint(program: Program) -> str:
     return fingerprint(find_regions(build_graph(program)))
 
 
-def _mesh(mesh: Mapping[str, int], cluster: Cluster) -> MeshShape:
-    shape = MeshShape(tuple(mesh), tuple(int(n) for n in mesh.values()))
-    if shape.devices > cluster.devices:
-        raise ClusterError(
-            f"the mesh {dict(mesh)} needs {shape.devices} devices, the cluster {cluster.name!r} has {cluster.devices}. "
-            "Remedy: make the mesh smaller or the cluster larger (hosts=, devices_per_host=)."
-        )
-    if shape.devices < cluster.devices:
-        raise ClusterError(
-            f"the mesh {dict(mesh)} uses {shape.devices} of the {cluster.devices} devices of {cluster.name!r}. Remedy: "
-            "make it use all, or describe a smaller cluster (hosts=, devices_per_host=)."
-        )
-    return shape
-
-
-def _over_budget(result: SearchResult, budget: float, cluster: Cluster) -> BudgetError:
-    best = result.best
-    largest = "\n".join(f"  {_gib(size):>10}  {what}" for what, size in best.peak.live[:6])
-    return BudgetError(
-        f"no plan fits {_gib(budget)} per device on {cluster.devices} devices. The smallest found "
-        f"({best.strategy} on {best.mesh}) needs {_gib(best.peak.bytes)}; at its peak the largest arrays alive are:\n"
-        f"{largest}\nRemedy: memory={_gib(best.peak.bytes * 1.01)!r} or more, more devices, donated state "
-        "(donate_argnums), a smaller batch, or jax.checkpoint."
-    )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}GiB" if size >= 2**28 else f"{size / 2**20:.3f}MiB"
-
-
 def _report(
     program: Program,
     regions: Regions,
@@ -218,6 +200,7 @@ def _report(
     result: SearchResult,
     budget: float,
     strategy: str,
+    pins: Pins,
     seconds: dict[str, float],
 ) -> Plan:
     best = result.best
@@ -234,13 +217,14 @@ def _report(
 
     return Plan(
         program=program.name,
-        fingerprint=fingerprint(regions, result.keys),
+        fingerprint=fingerprint(regions, None if pins else result.keys),
         cluster=cluster.name,
         devices=cluster.devices,
         strategy=strategy,
         mesh=best.mesh,
         axis_prices=model.axis_prices,
         budget_bytes=budget,
+        pins={pattern: entries(spec) for pattern, spec in pins.items()},
         args=tuple(argument(closures + i) for i in range(len(program.args))),
         closures=tuple(argument(i) for i in range(closures)),
         results=tuple(

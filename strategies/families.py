@@ -8,16 +8,21 @@ same shape). A few rounds suffice: more would tell layer 3 from layer 4 by count
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ffjax.ir.regions import Edge, Region, Regions
 
 ROUNDS = 6
 
 
-def family_keys(regions: Regions, rounds: int = ROUNDS) -> list[str]:
-    """For each region the key of its family: equal keys, equal decisions. Stable across processes."""
+def family_keys(regions: Regions, marks: Mapping[int, str] | None = None, rounds: int = ROUNDS) -> list[str]:
+    """For each region the key of its family: equal keys, equal decisions. Stable across processes.
+
+    `marks` tell regions apart that are alike but for what the user wants of them (a pin).
+    """
     colors = [_digest(_local(regions, r)) for r in regions.regions]
+    for region, mark in (marks or {}).items():
+        colors[region] = _digest((colors[region], mark))
     incoming: list[list[Edge]] = [[] for _ in regions.regions]
     outgoing: list[list[Edge]] = [[] for _ in regions.regions]
     for edge in regions.edges:

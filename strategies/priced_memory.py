@@ -5,7 +5,7 @@
 has the structure of the search problem, copies made for readers included, and solves as fast; with a bound on the worst
 instant as a constraint a large problem does not. The instant at which a solution really peaks gains weight for the next
 round: fictitious play of the plan against the instants (Brown 1951; Robinson, Annals of Mathematics 54, 1951). The
-price is found by bisection; where none fits, nothing but bytes is minimised, and the least peak says what budget would do.
+price is found by bisection; where none fits, only bytes are minimised, and the least peak says what budget would do.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def solve_priced(
         solution = solver(priced(problem, weights), ())
         if solution is None:
             return None
-        # The bound is one on seconds and bytes together: it says nothing of either.
-        found = fit_of(problem, dataclasses.replace(solution, bound_s=0.0), budget_bytes, memory)
+        # What is proved of seconds and bytes together says nothing of seconds alone.
+        found = fit_of(problem, dataclasses.replace(solution, bound_s=free.solution.bound_s), budget_bytes, memory)
         if found.peak.bytes < least.peak.bytes:
             least = found
         if not found.fits:

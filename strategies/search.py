@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ffjax.cost.cluster import Cluster
@@ -36,7 +36,7 @@ from ffjax.strategies.roles import Roles
 
 EXACT_CELLS = 150_000
 """Resharding variables up to which the free problem is solved exactly."""
-LEAN_CELLS = 10_000
+LEAN_CELLS = 2_000
 """The same where memory is short: with bytes as a constraint or, many times over, in the objective."""
 MOST_AXES = 2
 """Of the meshes that are tried when none is given."""
@@ -87,6 +87,7 @@ def search(
     strategy: str = AUTO,
     meshes: Sequence[MeshShape] | None = None,
     keep: Callable[[MeshShape], Keep | None] | None = None,
+    marks: Mapping[int, str] | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Finds the fastest plan that fits.
@@ -98,13 +99,14 @@ def search(
       strategy: `"auto"`, or a named strategy that alone is searched.
       meshes: those to consider; by default the cluster's.
       keep: for a mesh, which candidates pins leave.
+      marks: for each pinned region what it is pinned to: those pinned otherwise are decided apart.
       progress: is told what is being done.
 
     Raises:
       ValueError: for an unknown strategy, or one that has no use for any of the meshes.
     """
     began = time.perf_counter()
-    search_ = _Search(regions, cluster, budget_bytes, keep)
+    search_ = _Search(regions, cluster, budget_bytes, keep, marks)
     analysed = time.perf_counter()
     strategies = all_strategies() if strategy == AUTO else (named(strategy),)
     if meshes is None:
@@ -182,12 +184,13 @@ class _Search:
         cluster: Cluster,
         budget_bytes: float,
         keep: Callable[[MeshShape], Keep | None] | None,
+        marks: Mapping[int, str] | None,
     ) -> None:
         self.regions = regions
         self.cluster = cluster
         self.budget_bytes = budget_bytes
         self.keep = keep
-        self.keys = family_keys(regions)
+        self.keys = family_keys(regions, marks)
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
         self.dims = named_dims(regions)

@@ -115,7 +115,8 @@ class _Interpreter:
     def plain(self, eqn: JaxprEqn) -> list[jax.Array]:
         op = self.graph.op_of[id(eqn)]
         operands = [self.read(atom, op, i) for i, atom in enumerate(eqn.invars)]
-        if eqn.primitive.name.startswith("scatter") and any(self.layout.operand(op, 0)):
+        target = self.graph.ops[op].operands[0] if eqn.primitive.name.startswith("scatter") else NO_VALUE
+        if target != NO_VALUE and not self.graph.values[target].constant and any(self.layout.operand(op, 0)):
             # XLA merges the slice that makes a piece with the slice that a scatter of one row becomes, and loses the
             # inner slice's clamp: devices that do not hold the row then overwrite another one of theirs.
             piece = jax.lax.optimization_barrier(operands[0])

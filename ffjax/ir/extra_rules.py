@@ -233,7 +233,8 @@ def _convolution(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
 
     It gathers everything for grouped convolutions that are not depthwise. In a depthwise one with several
     output channels per input channel it computes wrong numbers once these are split from each other. And it
-    cannot split the window in the place of the patches, which Shardy allows past one patch per device.
+    cannot split the window in the place of the patches, which Shardy allows past one patch per device. A kernel's
+    gradient it sums over all devices, whatever it is split over: where patches are split, and in depthwise ones.
     """
     groups, batch_groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
     numbers = eqn.params["dimension_numbers"]
@@ -242,6 +243,8 @@ def _convolution(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     if groups not in (1, lhs[numbers.lhs_spec[1]]) or batch_groups not in (1, lhs[numbers.lhs_spec[0]]):
         return demote(rule, range(len(rule.sizes)))
     lost = {f for value in (image, kernel, result) for dim in value for f in dim[1:] if groups * batch_groups > 1}
+    patches_summed = {f for d in numbers.lhs_spec[2:] for f in image[d]}
+    lost |= rule.reduction & patches_summed if batch_groups == 1 else rule.reduction
     spatial = zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
     for (d, k, o), dilation in zip(spatial, eqn.params["rhs_dilation"], strict=True):
         # The gradient of a strided kernel has its patches where a forward convolution has its window.

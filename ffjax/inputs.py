@@ -1,0 +1,105 @@
+"""What a user gives, checked: each error quotes it and says what to give instead."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+from ffjax.cost.cluster import Cluster
+from ffjax.errors import BudgetError, ClusterError, FfjaxWarning, PlanError
+from ffjax.ir.dims import named_dims
+from ffjax.ir.regions import Regions
+from ffjax.ir.spec import MeshShape
+from ffjax.strategies.search import SearchResult
+
+
+def argnums(numbers: int | Sequence[int], count: int, option: str) -> tuple[int, ...]:
+    """Argument numbers as non-negative ones; raises PlanError for those that there are not."""
+    given = (numbers,) if isinstance(numbers, int) else tuple(numbers)
+    for number in given:
+        if not isinstance(number, int):
+            raise PlanError(f"{option}={numbers!r}: {number!r} is no number. Remedy: give positions, such as {option}=0.")
+        if not -count <= number < count:
+            raise PlanError(
+                f"{option}={numbers!r}: there is no argument {number}, the step was given {count}. Remedy: count "
+                "positional arguments from 0; keyword arguments have no number."
+            )
+    return tuple(n % count for n in given)
+
+
+def cluster_of(cluster: Cluster | None) -> Cluster:
+    """The cluster, by default the local one; raises ClusterError for what is none."""
+    if cluster is None:
+        return Cluster.local()
+    if not isinstance(cluster, Cluster):
+        raise ClusterError(
+            f"cluster={cluster!r} is no Cluster. Remedy: ffjax.Cluster.named('h100', hosts=8), or Cluster.load(path)."
+        )
+    return cluster
+
+
+def mesh_of(mesh: Mapping[str, int], cluster: Cluster) -> MeshShape:
+    """A user's mesh over all devices of the cluster; raises ClusterError where it cannot be."""
+    if not isinstance(mesh, Mapping):
+        raise ClusterError(f"mesh={mesh!r} is no mapping. Remedy: names and sizes, such as {{'x': {cluster.devices}}}.")
+    for axis, size in mesh.items():
+        if not isinstance(axis, str) or isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ClusterError(
+                f"mesh={dict(mesh)}: axis {axis!r} of size {size!r}. Remedy: a name, and a whole number of at least 1."
+            )
+    shape = MeshShape(tuple(mesh), tuple(mesh.values()))
+    if shape.devices > cluster.devices:
+        raise ClusterError(
+            f"the mesh {dict(mesh)} needs {shape.devices} devices, the cluster {cluster.name!r} has {cluster.devices}. "
+            "Remedy: make the mesh smaller or the cluster larger (hosts=, devices_per_host=)."
+        )
+    if shape.devices < cluster.devices:
+        raise ClusterError(
+            f"the mesh {dict(mesh)} uses {shape.devices} of the {cluster.devices} devices of {cluster.name!r}. Remedy: "
+            "make it use all, or describe a smaller cluster (hosts=, devices_per_host=)."
+        )
+    return shape
+
+
+def warn_if_batch_is_whole(regions: Regions, mesh: MeshShape, stacklevel: int = 4) -> None:
+    """Warns once where the batch is so large that no mesh axis divides it, so that it cannot be split."""
+    axes = {a: n for a, n in mesh.as_dict().items() if n > 1}
+    names = named_dims(regions)
+    sizes = [names.sizes[d] for d in names.batch]
+    if not axes or not sizes or any(size % n == 0 for size in sizes for n in axes.values()):
+        return
+    graph = regions.graph
+    for op in graph.arguments:
+        for position, dim in enumerate(regions.ports[op].results[0]):
+            if any(names.is_batch(regions.region_of[op], atom) for atom in dim):
+                size = graph.values[graph.ops[op].results[0]].shape[position]
+                common = min(axes.values())
+                warnings.warn(
+                    f"the batch is not split: dimension {position} of {graph.ops[op].label} has size {size}, which no "
+                    f"axis of the mesh {axes} divides. Remedy: a batch of {math.ceil(size / common) * common}, or a mesh "
+                    f"with an axis that divides {size}.",
+                    FfjaxWarning,
+                    stacklevel=stacklevel,
+                )
+                return
+
+
+def over_budget(result: SearchResult, budget_bytes: float, cluster: Cluster) -> BudgetError:
+    """What conflicts where nothing fits, and the nearest budget found that would do."""
+    best = result.best
+    largest = "\n".join(f"  {amount(size):>10}  {what}" for what, size in best.peak.live[:6])
+    return BudgetError(
+        f"no plan fits {amount(budget_bytes)} per device on {cluster.devices} devices. The smallest found "
+        f"({best.strategy} on {best.mesh}) needs {amount(best.peak.bytes)}; at its peak the largest arrays alive are:\n"
+        f"{largest}\nRemedy: memory={amount(best.peak.bytes)!r} or more, more devices, donated state "
+        "(donate_argnums), a smaller batch, or jax.checkpoint."
+    )
+
+
+def amount(size: float) -> str:
+    """Bytes in a unit that `parse_bytes` reads, never rounded down."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{math.ceil(size / scale * 100) / 100:.2f}{unit}"
+    return f"{math.ceil(size)}B"
