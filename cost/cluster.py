@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import numbers
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -74,8 +75,8 @@ def parse_bytes(text: str | float) -> int:
         scale = {unit.lower(): size for unit, size in _UNITS.items()}.get(match[2].lower()) if match else None
         if match and scale is not None:
             value = float(match[1].replace("_", "")) * scale
-    elif not isinstance(text, bool):
-        value = text
+    elif isinstance(text, numbers.Real) and not isinstance(text, bool):
+        value = float(text)
     if not (math.isfinite(value) and value >= 1):
         units = ", ".join(unit for unit in _UNITS if unit)
         raise ClusterError(f"{text!r} is no amount of memory; write bytes, or a number with a unit of {units}: '70GiB'")
@@ -215,16 +216,16 @@ class Cluster:
         return _read(path, path.parent, str(path))
 
     @classmethod
-    def local(cls) -> Cluster:
-        """What is attached here: `jax.devices()` of the default backend, one host for each process.
+    def local(cls, devices: Sequence[jax.Device] | None = None) -> Cluster:
+        """What is attached here: `jax.devices()` of the default backend, or some of them, one host for each process.
 
         A device's memory is what its allocator may take, where that is known. Raises ClusterError for a kind of
         device that no shipped cluster describes.
         """
         import jax
 
-        devices = jax.devices()
-        hosts = jax.process_count()
+        devices = jax.devices() if devices is None else devices
+        hosts = len({d.process_index for d in devices})
         if len(devices) % hosts:
             raise ClusterError(
                 f"{len(devices)} devices on {hosts} processes: not the same number on each; describe it in a TOML file "

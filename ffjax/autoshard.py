@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import types
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from ffjax import nnx
 from ffjax.cost.cluster import Cluster
 from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import device_mesh, jitted
-from ffjax.errors import FfjaxWarning, PlanError
-from ffjax.ir.trace import Program
+from ffjax.errors import ClusterError, FfjaxWarning, PlanError, TraceError
+from ffjax.inputs import argnums, cluster_of
+from ffjax.ir.trace import Program, function_name
 from ffjax.plan import Plan
-from ffjax.planner import argnums, bind_program, plan_program, program_fingerprint, trace_call
+from ffjax.planner import bind_program, plan_program, program_fingerprint, trace_call
 from ffjax.strategies.search import AUTO, Progress
 
 
@@ -59,6 +61,20 @@ class _Runner:
     run: jax.stages.Wrapped
     shardings: tuple[NamedSharding, ...]
     closures: tuple[jax.Array, ...]
+    accepted: list[object]
+    """For each argument the sharding object that it last came with: the step's own results share theirs."""
+
+    def place(self, leaves: Sequence[Any]) -> list[jax.Array]:
+        """The arguments where the plan wants them."""
+        placed = []
+        for i, leaf in enumerate(leaves):
+            given = getattr(leaf, "sharding", None)
+            if given is not None and given is self.accepted[i]:
+                placed.append(leaf)
+                continue
+            placed.append(place(leaf, self.shardings[i]))
+            self.accepted[i] = placed[-1].sharding
+        return placed
 
 
 class Sharded:
@@ -68,15 +84,27 @@ class Sharded:
         self._step = step
         self._options = options
         self._entries: dict[Hashable, _Entry] = {}
+        self._plain: set[Any] = set()
+        """Structures of arguments that are seen to be plain pytrees of arrays."""
         functools.update_wrapper(self, step)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        """As a method: the instance becomes the first argument, which a plain class makes static."""
+        return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Places the arguments as planned (no copy if they are so already) and runs one step."""
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        if tree in self._plain and (known := self._entries.get((tree, _kinds(leaves), ()))) and known.runner:
+            out = known.runner.run(*known.runner.closures, *known.runner.place(leaves))
+            return jax.tree.unflatten(known.program.out_tree, out)
         call = self._call(args, kwargs)
+        if call.step is self._step and not call.static_argnums:
+            self._plain.add(tree)
+        self._check_devices()
         entry = self._entry(call)
         runner = self._runner(entry)
-        placed = [place(x, s) for x, s in zip(_leaves(call)[0], runner.shardings, strict=True)]
-        out = runner.run(*runner.closures, *placed)
+        out = runner.run(*runner.closures, *runner.place(_leaves(call)[0]))
         return call.finish(jax.tree.unflatten(entry.program.out_tree, out))
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
@@ -96,7 +124,7 @@ class Sharded:
         Raises:
           PlanError: before there is a plan, or where the state fits none of the step's arguments.
         """
-        name = getattr(self._step, "__name__", "step")
+        name = function_name(self._step)
         if not self._entries:
             raise PlanError(
                 f"{name}.init has no plan yet. Remedy: call {name}.plan(jax.eval_shape(init_fn, *args), batch) first."
@@ -117,24 +145,52 @@ class Sharded:
         )
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> nnx.Call:
-        static = argnums(self._options.static_argnums, len(args))
-        donated = argnums(self._options.donate_argnums, len(args))
+        static = argnums(self._options.static_argnums, len(args), "static_argnums")
+        donated = argnums(self._options.donate_argnums, len(args), "donate_argnums")
         return nnx.as_function(self._step, args, kwargs, static, donated)
 
     def _devices(self) -> Sequence[jax.Device]:
         return jax.devices() if self._options.devices is None else self._options.devices
 
+    def _check_devices(self) -> None:
+        """Raises ClusterError before a search whose plan could not run here."""
+        options, here = self._options, len(self._devices())
+        needed = options.cluster.devices if options.cluster is not None else here
+        needed = options.plan.devices if options.plan is not None else needed
+        if needed > here:
+            raise ClusterError(
+                f"{function_name(self._step)} is to run on {needed} devices, but there are {here}. Remedy: a cluster of {here}, "
+                f"or ffjax.testing.fake_devices({needed}) for CPU ones; ffjax.plan and its .lower() need no devices."
+            )
+
     def _entry(self, call: nnx.Call) -> _Entry:
         """The plan for a call: the one for its signature, or a new one."""
         leaves, tree = _leaves(call)
-        avals = tuple((np.shape(v) if not hasattr(v, "shape") else tuple(v.shape), str(_dtype(v))) for v in leaves)
-        signature = (tree, avals, tuple(call.args[i] for i in call.static_argnums))
+        static = tuple(call.args[i] for i in call.static_argnums)
+        for i, value in zip(call.static_argnums, static, strict=True):
+            try:
+                hash(value)
+            except TypeError as error:
+                raise PlanError(
+                    f"argument {i} of {function_name(self._step)} is static, but {type(value).__name__} cannot be hashed. "
+                    "Remedy: take it out of static_argnums, or pass something hashable (a tuple, a frozen dataclass)."
+                ) from error
+        signature = (tree, _kinds(leaves), static)
         if signature not in self._entries:
             program = trace_call(call)
             options = self._options
-            found = bind_program(options.plan, program) if options.plan is not None else self._cached(program)
+            found = bind_program(options.plan, program) if options.plan is not None else self._known(program)
             self._entries[signature] = _Entry(plan=found, program=program)
         return self._entries[signature]
+
+    def _known(self, program: Program) -> Plan:
+        """The plan of another signature that traces to the same program (weak types, structure), or one of its own."""
+        if self._entries:
+            wanted = program_fingerprint(program)
+            for entry in self._entries.values():
+                if entry.plan.fingerprint == wanted:
+                    return bind_program(entry.plan, program)
+        return self._cached(program)
 
     def _runner(self, entry: _Entry) -> _Runner:
         if entry.runner is None:
@@ -146,13 +202,14 @@ class Sharded:
                 run=jitted(layout, mesh),
                 shardings=shardings[len(closures) :],
                 closures=tuple(place(x, s) for x, s in zip(closures, shardings, strict=False)),
+                accepted=[None] * len(shardings[len(closures) :]),
             )
         return entry.runner
 
     def _cached(self, program: Program) -> Plan:
         """The plan from the cache folder, or a new one, which is then put there."""
         options = self._options
-        cluster = Cluster.local() if options.cluster is None else options.cluster
+        cluster = Cluster.local(options.devices) if options.cluster is None else cluster_of(options.cluster)
 
         def searched() -> Plan:
             return plan_program(
@@ -192,12 +249,20 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
 
 def _leaves(call: nnx.Call) -> tuple[list[Any], Any]:
     """The leaves of the traced arguments, in the program's order."""
-    dynamic = [a for i, a in enumerate(call.args) if i not in call.static_argnums]
+    dynamic = tuple(a for i, a in enumerate(call.args) if i not in call.static_argnums)
     return jax.tree.flatten((dynamic, call.kwargs))
 
 
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf)
+def _kinds(leaves: Sequence[Any]) -> Hashable:
+    """What each leaf is to a trace: shape, dtype and whether its type is weak."""
+    kinds = []
+    for leaf in leaves:
+        aval = getattr(leaf, "aval", leaf)
+        if not hasattr(aval, "shape"):
+            # A Python number; what is no array at all is named when it is traced.
+            aval = jax.typeof(leaf) if isinstance(leaf, int | float | complex) else np.zeros(0)
+        kinds.append((aval.shape, aval.dtype, getattr(aval, "weak_type", False)))
+    return tuple(kinds)
 
 
 @overload
@@ -291,6 +356,15 @@ def autoshard(
             devices=devices,
             progress=progress,
         )
+    if not callable(step):
+        raise TraceError(f"autoshard was given {step!r}, which cannot be called. Remedy: give it the step's function.")
+    if plan is not None:
+        given = {"memory": memory, "mesh": mesh, "pins": pins, "strategy": None if strategy == AUTO else strategy}
+        if idle := [name for name, value in given.items() if value is not None]:
+            raise PlanError(
+                f"autoshard was given plan= and {idle[0]}={given[idle[0]]!r}; a plan is run as it is. Remedy: drop "
+                f"{idle[0]}=, or drop plan= and search with it."
+            )
     options = Options(
         cluster=cluster,
         memory=memory,

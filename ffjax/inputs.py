@@ -19,7 +19,7 @@ def argnums(numbers: int | Sequence[int], count: int, option: str) -> tuple[int,
     given = (numbers,) if isinstance(numbers, int) else tuple(numbers)
     for number in given:
         if not isinstance(number, int):
-            raise PlanError(f"{option}={numbers!r}: {number!r} is no number. Remedy: give positions, such as {option}=0.")
+            raise PlanError(f"{option}={numbers!r}: {number!r} is no number. Remedy: positions, such as {option}=0.")
         if not -count <= number < count:
             raise PlanError(
                 f"{option}={numbers!r}: there is no argument {number}, the step was given {count}. Remedy: count "
@@ -75,10 +75,11 @@ def warn_if_batch_is_whole(regions: Regions, mesh: MeshShape, stacklevel: int = 
             if any(names.is_batch(regions.region_of[op], atom) for atom in dim):
                 size = graph.values[graph.ops[op].results[0]].shape[position]
                 common = min(axes.values())
+                enough = math.ceil(size / common) * common
                 warnings.warn(
                     f"the batch is not split: dimension {position} of {graph.ops[op].label} has size {size}, which no "
-                    f"axis of the mesh {axes} divides. Remedy: a batch of {math.ceil(size / common) * common}, or a mesh "
-                    f"with an axis that divides {size}.",
+                    f"axis of the mesh {axes} divides. Remedy: a batch of {enough}, or a mesh with an axis "
+                    f"that divides {size}.",
                     FfjaxWarning,
                     stacklevel=stacklevel,
                 )

@@ -101,8 +101,8 @@ def check_pins(regions: Regions, pins: Pins, meshes: Sequence[MeshShape]) -> Non
         if not any(divides(shape, spec, m) for m in having):
             raise PinError(
                 f"the pin {pattern!r} shards {graph.ops[op].label} of shape {list(shape)} as {format_spec(spec)}, "
-                f"which divides on none of the meshes {_listed(having)}. Remedy: pin another dimension, or pass a mesh= "
-                "whose axes divide it."
+                f"which divides on none of the meshes {_listed(having)}. Remedy: pin another dimension, or pass a "
+                "mesh= whose axes divide it."
             )
     for region, ops in by_region.items():
         if not any(_possible(regions, region, pins, m) for m in meshes):

@@ -8,25 +8,25 @@ one is bound by `plan.bind` or by passing it to `ffjax.autoshard`).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import PartitionSpec
 
-from ffjax.cost.estimate import CollectiveTotal, Estimate
+from ffjax.cost.estimate import Estimate
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import PlanError, PlanMismatch
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import MeshShape, Spec
 from ffjax.ir.trace import Program
+from ffjax.plain import from_plain, to_plain
 
 FORMAT = 1
 
@@ -107,7 +107,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     estimate: Estimate
     search: SearchReport
-    layout: Layout | None = field(default=None, compare=False, repr=False)
+    layout: Layout | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
     """The plan on its program; None for a loaded plan that is not bound yet."""
 
     @property
@@ -204,26 +204,48 @@ class Plan:
         return cls.from_json(text, source=os.fspath(path))
 
     def to_json(self) -> str:
-        content = {"format": FORMAT, **_plain(self)}
+        """The plan as text; equal plans have equal texts."""
+        content = {"format": FORMAT, **cast(dict[str, object], to_plain(self))}
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "text") -> Plan:
+        """Reads a plan's text; raises PlanError that names the `source` and what is wrong with it."""
         try:
             content = json.loads(text)
-            if content.get("format") != FORMAT:
+            made = content.pop("format", None) if isinstance(content, dict) else None
+            if made != FORMAT:
                 raise PlanError(
-                    f"the plan {source!r} has format {content.get('format')!r}, this ffjax reads {FORMAT}. "
-                    "Remedy: search it again."
+                    f"the plan {source!r} has format {made!r}, this ffjax reads {FORMAT}. Remedy: search it again."
                 )
-            return _read(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            plan = from_plain(cls, content)
+            plan._check()
+        except ValueError as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(
-                f"the plan {source!r} is damaged ({type(error).__name__}: {error}). "
-                "Remedy: restore the file, or search the plan again."
+                f"the plan {source!r} is damaged: {error}. Remedy: restore the file, or search the plan again."
             ) from error
+        return plan
+
+    def _check(self) -> None:
+        """Raises ValueError where parts of the plan do not go together."""
+        if self.mesh.devices != self.devices or min(self.mesh.sizes, default=1) < 1:
+            raise ValueError(f"the mesh {self.mesh_shape} does not have the {self.devices} devices of the plan")
+        if len(self.axis_prices) != len(self.mesh.axes):
+            raise ValueError(f"axis_prices has {len(self.axis_prices)} entries for the mesh {self.mesh_shape}")
+        for placement in self.args + self.results + self.closures:
+            if len(placement.spec) != len(placement.shape):
+                raise ValueError(f"{placement.path} has {len(placement.shape)} dimensions, its spec {placement.spec}")
+            if unknown := {a for dim in placement.spec for a in dim} - set(self.mesh.axes):
+                raise ValueError(f"the spec of {placement.path} names the axis {min(unknown)!r}, which the mesh lacks")
+        if len({d.key for d in self.decisions}) != len(self.decisions):
+            raise ValueError("two decisions have one key")
+        for d in self.decisions:
+            if unknown := (d.split.keys() | d.scatter.keys()) - set(self.mesh.axes):
+                raise ValueError(f"the decision for {d.what} names the axis {min(unknown)!r}, which the mesh lacks")
+            if unknown := set(d.split.values()) - d.factors.keys():
+                raise ValueError(f"the decision for {d.what} splits {min(unknown)!r}, which is none of its factors")
 
     def check_fingerprint(self, fingerprint: str, program: str) -> None:
         """Raises PlanMismatch unless the plan was made for this program."""
@@ -232,43 +254,3 @@ class Plan:
                 f"the plan was made for {self.program!r} (fingerprint {self.fingerprint}), not for this {program!r} "
                 f"({fingerprint}): its ops, shapes or dtypes differ. Remedy: search a new plan, or restore the program."
             )
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as JSON objects, without the layout."""
-    if isinstance(value, MeshShape):
-        return value.as_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "layout"}
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _read(content: dict[str, Any]) -> Plan:
-    def placement(entry: dict[str, Any]) -> Placement:
-        spec = tuple(tuple(dim) for dim in entry["spec"])
-        return Placement(path=entry["path"], shape=tuple(entry["shape"]), dtype=entry["dtype"], spec=spec)
-
-    rest = dict(content)
-    del rest["format"]
-    figures, report = rest.pop("estimate"), rest.pop("search")
-    totals = tuple(CollectiveTotal(**{**c, "axes": tuple(c["axes"])}) for c in figures.pop("collectives"))
-    largest = tuple((str(what), float(size)) for what, size in figures.pop("largest"))
-    competitors = tuple(Competitor(**c) for c in report.pop("competitors"))
-    mesh = rest.pop("mesh")
-    return Plan(
-        **{
-            **rest,
-            "mesh": MeshShape(tuple(mesh), tuple(mesh.values())),
-            "axis_prices": tuple(rest["axis_prices"]),
-            "args": tuple(placement(e) for e in rest["args"]),
-            "results": tuple(placement(e) for e in rest["results"]),
-            "closures": tuple(placement(e) for e in rest["closures"]),
-            "decisions": tuple(Decision(**d) for d in rest["decisions"]),
-            "estimate": Estimate(**figures, collectives=totals, largest=largest),
-            "search": SearchReport(**report, competitors=competitors),
-        }
-    )

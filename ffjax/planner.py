@@ -156,11 +156,12 @@ def bind_program(plan: Plan, program: Program) -> Plan:
     for key, family in members(keys).items():
         first = regions.regions[family[0]]
         chosen = found.setdefault(key, nothing) if not first.sizes else found.get(key)
-        if chosen is None or not is_candidate(first, chosen, plan.mesh):
+        if chosen is None or not is_candidate(regions, first, chosen, plan.mesh):
             where, what = _subject(regions.graph, first)
+            fault = "no" if chosen is None else "an impossible"
             raise PlanError(
-                f"the plan of {plan.program!r} has {'no' if chosen is None else 'an impossible'} decision for {what} at "
-                f"{where} (key {key!r}). Remedy: restore the plan's file, or search the plan again; pins= changes a plan."
+                f"the plan of {plan.program!r} has {fault} decision for {what} at {where} (key {key!r}). Remedy: "
+                "restore the plan's file, or search the plan again; pins= changes a plan."
             )
     layout = Layout(regions=regions, mesh=plan.mesh, assignments=[found[k] for k in keys], axis_prices=plan.axis_prices)
     for placement, spec in zip(plan.args, _argument_specs(layout), strict=True):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
 from ffjax.ir.compose import PERMUTATION
-from ffjax.ir.regions import Region, Regions, ends_in_its_sum
+from ffjax.ir.regions import Dims, Region, Regions, ends_in_its_sum
 from ffjax.ir.spec import MeshShape, divides
 
 MOST_ATOMS = {0: 1, 1: 32, 2: 9, 3: 6}
@@ -30,10 +30,7 @@ def candidates(
 ) -> list[Assignment]:
     """All assignments of a region that `allow` and `keep` leave; the one that uses no axis first."""
     atoms = considered(regions, region, len(mesh.sizes))
-    single = region.solo and len(region.dims[0].results) == 1 and ends_in_its_sum(regions.graph.ops[region.ops[0]])
-    reduced = set(region.dims[0].reduced) if region.solo else set()
-    result = region.dims[0].results[0] if single else ()
-    shape = regions.graph.values[regions.graph.ops[region.ops[0]].results[0]].shape if single else ()
+    single, reduced, result, shape = _sums(regions, region)
     options: list[list[tuple[int, int]]] = []
     for axis, size in enumerate(mesh.sizes):
         own = [(UNUSED, UNUSED)]
@@ -45,13 +42,11 @@ def candidates(
         if allow is not None:
             own = [(a, d) for a, d in own if a == UNUSED or allow(region, a, axis)]
         options.append(own)
-    merged = {v for dims in region.dims for v in dims.operands + dims.results if any(len(dim) > 1 for dim in v)}
+    merged = _merged(region)
     found = []
     for choice in itertools.product(*options):
         assignment = Assignment(tuple(a for a, _ in choice), tuple(d for _, d in choice))
-        if any(spec_of(dims, region.sizes, assignment, mesh) is None for dims in merged):
-            continue
-        if _valid(region, assignment, mesh, reduced, result, shape):
+        if _written(region, assignment, mesh, merged) and _valid(region, assignment, mesh, reduced, result, shape):
             found.append(assignment)
     return keep(region, found) if keep is not None else found
 
@@ -74,12 +69,47 @@ def considered(regions: Regions, region: Region, axes: int) -> list[int]:
     return sorted(sorted(atoms, key=lambda a: -weight[a])[:limit])
 
 
+def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh: MeshShape) -> bool:
+    """Whether an assignment is one that a region can have; for those that come from outside."""
+    atoms = set(assignment.atoms) - {UNUSED}
+    if not all(0 <= a < len(region.sizes) and region.can_split(a) for a in atoms):
+        return False
+    if any(region.kinds[a] & PERMUTATION for a in atoms):
+        return False
+    single, reduced, result, shape = _sums(regions, region)
+    for atom, dim in zip(assignment.atoms, assignment.scatter, strict=True):
+        if dim != UNUSED and not (single and atom in reduced and 0 <= dim < len(shape)):
+            return False
+    return _written(region, assignment, mesh, _merged(region)) and _valid(
+        region, assignment, mesh, reduced, result, shape
+    )
+
+
+def _sums(regions: Regions, region: Region) -> tuple[bool, set[int], Dims, tuple[int, ...]]:
+    """Whether partial sums may be scattered, over which atoms they are, and the result's dimensions and shape."""
+    graph = regions.graph
+    first = graph.ops[region.ops[0]]
+    reduced = set(region.dims[0].reduced) if region.solo else set()
+    if not (region.solo and len(first.results) == 1 and ends_in_its_sum(first)):
+        return False, reduced, (), ()
+    return True, reduced, region.dims[0].results[0], graph.values[first.results[0]].shape
+
+
+def _merged(region: Region) -> set[Dims]:
+    """The views of a region's values that have a dimension of several factors."""
+    return {v for dims in region.dims for v in dims.operands + dims.results if any(len(dim) > 1 for dim in v)}
+
+
+def _written(region: Region, assignment: Assignment, mesh: MeshShape, merged: set[Dims]) -> bool:
+    return all(spec_of(dims, region.sizes, assignment, mesh) is not None for dims in merged)
+
+
 def _valid(
     region: Region,
     assignment: Assignment,
     mesh: MeshShape,
     reduced: set[int],
-    result: tuple[tuple[int, ...], ...],
+    result: Dims,
     shape: tuple[int, ...],
 ) -> bool:
     for atom in set(assignment.atoms) - {UNUSED}:

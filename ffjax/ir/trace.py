@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +20,9 @@ from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_struct
 from ffjax.errors import TraceError
 from ffjax.ir.compat import Jaxpr
 from ffjax.ir.inline import Array, inline
+
+_LIBRARIES = (str(Path(jax.__file__).parent), str(Path(__file__).parents[1]))
+"""Where lines are not the user's: JAX, and this package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +82,7 @@ def trace(
     roots = [names[dynamic[path[1].idx]] if path[0].idx == 0 else str(path[1].key) for path, _ in flat]
     paths = ["/".join(filter(None, (root, _path(path[2:])))) for root, (path, _) in zip(roots, flat, strict=True)]
     donated_names = {names[i] for i in donate_argnums}
-    fn_name = getattr(fn, "__name__", type(fn).__name__)
+    fn_name = function_name(fn)
     avals = [abstract(leaf, f"{fn_name}: argument {path}") for (_, leaf), path in zip(flat, paths, strict=True)]
     results: list[tuple[Any, Any]] = []
     out_tree: list[PyTreeDef] = []
@@ -92,10 +99,13 @@ def trace(
     try:
         closed = jax.jit(flat_fn).trace(*avals).jaxpr
     except (TypeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        raise TraceError(_untraceable(fn_name, error, paths)) from error
+    if len(closed.jaxpr.invars) != len(avals) or any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+        # JAX itself says so only when it lowers the program.
         raise TraceError(
-            f"{fn_name} cannot be traced: {type(error).__name__}: {str(error).strip()}\n"
-            "Remedy: make it run under jax.jit first; values that Python must see go into static_argnums."
-        ) from error
+            f"{fn_name} uses a value that another traced function left behind in a list, an attribute or a global. "
+            "Remedy: return such values as results, and pass them as arguments."
+        )
     jaxpr, closures = inline(closed)
     arg_leaves = tuple(_leaf(path, aval, root) for path, aval, root in zip(paths, avals, roots, strict=True))
     is_tuple = isinstance(jax.tree.unflatten(out_tree[0], [None] * len(results)), (tuple, list))
@@ -114,6 +124,31 @@ def trace(
         donated=tuple(leaf.root in donated_names for leaf in arg_leaves),
         ties=find_ties(arg_leaves, result_leaves, donated_names),
     )
+
+
+def _untraceable(name: str, error: Exception, paths: Sequence[str]) -> str:
+    """What JAX said, with the arguments' own names and the user's own line."""
+
+    def path(match: re.Match[str]) -> str:
+        index = int(match[1])
+        return repr(paths[index]) if index < len(paths) else match[0]
+
+    said = re.sub(r"\bvalues\[(\d+)\]", path, str(error).strip())
+    said = re.sub(r"^The error occurred while tracing .* for jit\. ", "", said, flags=re.MULTILINE)
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
+    where = f" at {own[-1].filename}:{own[-1].lineno} ({(own[-1].line or '').strip()})" if own else ""
+    return (
+        f"{name} cannot be traced: {type(error).__name__}{where}: {said}\n"
+        "Remedy: make it run under jax.jit first (jnp for np, jax.lax.cond for if); values that Python must see go into "
+        "static_argnums."
+    )
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """The name of a function; of a partial that of what it calls, of another callable that of its class."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def argument_names(fn: Callable[..., Any], count: int) -> list[str]:
