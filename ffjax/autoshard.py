@@ -158,9 +158,9 @@ class Sharded:
         needed = options.cluster.devices if options.cluster is not None else here
         needed = options.plan.devices if options.plan is not None else needed
         if needed > here:
+            name = function_name(self._step)
             raise ClusterError(
-                f"{function_name(self._step)} is to run on {needed} devices, but there are {here}. Remedy: a cluster of {here}, "
-                f"or ffjax.testing.fake_devices({needed}) for CPU ones; ffjax.plan and its .lower() need no devices."
+                f"{name} is to run on {needed} devices, but there are {here}. Remedy: a cluster of {here}, or ffjax.testing.fake_devices({needed}) for CPU ones; ffjax.plan and its .lower() need none."
             )
 
     def _entry(self, call: nnx.Call) -> _Entry:
@@ -172,8 +172,9 @@ class Sharded:
                 hash(value)
             except TypeError as error:
                 raise PlanError(
-                    f"argument {i} of {function_name(self._step)} is static, but {type(value).__name__} cannot be hashed. "
-                    "Remedy: take it out of static_argnums, or pass something hashable (a tuple, a frozen dataclass)."
+                    f"argument {i} of {function_name(self._step)} is static, but {type(value).__name__} cannot be "
+                    "hashed. Remedy: take it out of static_argnums, or pass something that can be (a tuple, a frozen "
+                    "dataclass)."
                 ) from error
         signature = (tree, _kinds(leaves), static)
         if signature not in self._entries:
@@ -235,7 +236,15 @@ class Sharded:
                     f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=5
                 )
         found = searched()
-        found.save(path)
+        try:
+            found.save(path)
+        except OSError as error:
+            warnings.warn(
+                f"the plan could not be put into cache={os.fspath(options.cache)!r}: {error.strerror}. Remedy: name a "
+                "folder that can be written.",
+                FfjaxWarning,
+                stacklevel=5,
+            )
         return found
 
 

@@ -123,7 +123,7 @@ def build_problem(
     allow: Allow | None = None,
     keep: Keep | None = None,
 ) -> Problem:
-    """Puts the program on one mesh. `keys` are the families', as are those of `kernels`; `allow` and `keep` restrict candidates."""
+    """Puts the program on one mesh. `keys` are the families'; `allow` and `keep` restrict candidates."""
     mesh = model.mesh
     nodes: list[Node] = []
     node_of = [0] * len(regions.regions)

@@ -217,7 +217,8 @@ class _Search:
         """The best plan of the whole space on one mesh."""
         began = time.perf_counter()
         pins = self.keep(mesh) if self.keep is not None else None
-        problem = build_problem(self.regions, self.keys, self.by_family, CollectiveModel(mesh, self.cluster), None, pins)
+        model = CollectiveModel(mesh, self.cluster)
+        problem = build_problem(self.regions, self.keys, self.by_family, model, None, pins)
         if any(not node.candidates for node in problem.nodes):
             return None
         cells = sum(t.seconds.size * len(t.consumers) for t in problem.transfers)

@@ -1,9 +1,9 @@
 """Every example under every strategy and mesh: the same numbers as the unsharded step after three steps.
 
-By default each (example, strategy) runs on one mesh, in rotation, so that all strategies meet all meshes; `--full` runs
-the whole matrix. Adam divides a gradient by its own size: the rounding of one that is nearly zero becomes a step of full
-size, in whatever order its sum was taken. The mixture of experts has such gradients (experts that few tokens choose), so
-it runs here with an epsilon above their rounding; the others run as they are.
+By default each (example, strategy) runs on one mesh, in rotation, so that all strategies meet all meshes; `--full`
+runs the whole matrix. Adam divides a gradient by its own size: the rounding of one that is nearly zero becomes a step
+of full size, in whatever order its sum was taken. The mixture of experts has such gradients (experts that few tokens
+choose), so it runs here with an epsilon above their rounding; the others run as they are.
 """
 
 from __future__ import annotations

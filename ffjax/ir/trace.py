@@ -139,8 +139,8 @@ def _untraceable(name: str, error: Exception, paths: Sequence[str]) -> str:
     where = f" at {own[-1].filename}:{own[-1].lineno} ({(own[-1].line or '').strip()})" if own else ""
     return (
         f"{name} cannot be traced: {type(error).__name__}{where}: {said}\n"
-        "Remedy: make it run under jax.jit first (jnp for np, jax.lax.cond for if); values that Python must see go into "
-        "static_argnums."
+        "Remedy: make it run under jax.jit first (jnp for np, jax.lax.cond for if); what Python itself must see goes "
+        "into static_argnums."
     )
 
 
