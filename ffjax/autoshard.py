@@ -160,7 +160,8 @@ class Sharded:
         if needed > here:
             name = function_name(self._step)
             raise ClusterError(
-                f"{name} is to run on {needed} devices, but there are {here}. Remedy: a cluster of {here}, or ffjax.testing.fake_devices({needed}) for CPU ones; ffjax.plan and its .lower() need none."
+                f"{name} is to run on {needed} devices, but there are {here}. Remedy: a cluster of {here}, or "
+                f"ffjax.testing.fake_devices({needed}) for CPU ones; ffjax.plan and its .lower() need none."
             )
 
     def _entry(self, call: nnx.Call) -> _Entry:

@@ -160,7 +160,7 @@ def test_pins_on_arrays_that_are_always_sharded_alike() -> None:
 
 
 def test_a_pin_that_a_named_strategy_excludes() -> None:
-    with pytest.raises(PinError, match="strategy 'data_parallel'.*loosen the pins"):
+    with pytest.raises(PinError, match=r"strategy 'data_parallel'.*loosen the pins"):
         planned(mesh=MESH, strategy="data_parallel", pins={"params/up": P(None, "x")})
 
 
@@ -200,7 +200,7 @@ def test_steps_that_cannot_be_traced(name: str) -> None:
     assert "ir/trace.py" not in str(error.value) or name == "a result that is no array"
 
 
-@pytest.mark.parametrize("value", ["hello", object(), {1, 2}], ids=str)
+@pytest.mark.parametrize("value", ["hello", object(), {1, 2}], ids=["text", "object", "set"])
 def test_arguments_that_are_no_arrays(value: object) -> None:
     for call in (ffjax.plan, ffjax.autoshard(step)):
         args = (step, value, arguments()[1]) if call is ffjax.plan else (value, arguments()[1])
@@ -262,7 +262,7 @@ def test_a_plan_for_another_program() -> None:
         new, loss = step(state, batch)
         return new, loss * loss
 
-    with pytest.raises(PlanMismatch, match="made for 'step'.*not for this 'other'.*search a new plan"):
+    with pytest.raises(PlanMismatch, match=r"made for 'step'.*not for this 'other'.*search a new plan"):
         planned(mesh=MESH).bind(other, *arguments())
 
 
@@ -317,7 +317,7 @@ def test_damaged_plans(name: str, tmp_path: Path) -> None:
 def test_text_that_is_no_plan(text: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(PlanError, match="plan.json.*Remedy"):
+    with pytest.raises(PlanError, match=r"plan.json.*Remedy"):
         Plan.load(path)
 
 
@@ -326,12 +326,12 @@ def test_a_plan_that_is_cut_short_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     for share in range(10):
         path.write_text(text[: len(text) * share // 10], encoding="utf-8")
-        with pytest.raises(PlanError, match="plan.json"):
+        with pytest.raises(PlanError, match=r"plan.json"):
             Plan.load(path)
 
 
 def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="nowhere.json.*check the path"):
+    with pytest.raises(PlanError, match=r"nowhere.json.*check the path"):
         Plan.load(tmp_path / "nowhere.json")
 
 
@@ -359,7 +359,7 @@ def test_a_decision_that_is_missing_or_impossible() -> None:
 
 def test_a_plan_that_is_not_bound_says_how_to_bind_it() -> None:
     loaded = Plan.from_json(planned(mesh=MESH).to_json())
-    with pytest.raises(PlanError, match="not bound to a program.*plan.bind"):
+    with pytest.raises(PlanError, match=r"not bound to a program.*plan.bind"):
         loaded.lower()
 
 
