@@ -28,8 +28,8 @@ EXAMPLES = {
     "moe": (moe, moe.Config.tiny()),
 }
 NOTES = (
-    "Errors are of the worst leaf, as a share of its largest element: of the losses of three steps, and of the state "
-    "after them (parameters, optimizer, statistics, keys). `same` is `ffjax.testing.assert_same_numerics` on all of it.",
+    "Errors are of the worst leaf, as a share of its largest element: of the losses of three steps, and of the "
+    "state after them (parameters, optimizer, statistics, keys). `same` is `assert_same_numerics` on all of it.",
     "Adam divides a gradient by its own size, so the rounding of a gradient that is nearly zero becomes a step of full "
     "size. The mixture of experts has such gradients; `moe` therefore runs with an epsilon of 1e-3.",
 )
@@ -56,8 +56,8 @@ def worst(actual, expected) -> float:
     errors = [0.0]
     for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         if jax.numpy.issubdtype(want.dtype, jax.numpy.inexact):
-            got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-            errors.append(float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)))
+            ours, theirs = np.asarray(got, np.float64), np.asarray(want, np.float64)
+            errors.append(float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)))
     return max(errors)
 
 

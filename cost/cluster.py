@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import numbers
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+import numpy as np
 
 from ffjax.cost.meshes import AxisGroup, axis_group, candidate_meshes
 from ffjax.cost.toml_fields import Fields, did_you_mean
@@ -75,7 +76,7 @@ def parse_bytes(text: str | float) -> int:
         scale = {unit.lower(): size for unit, size in _UNITS.items()}.get(match[2].lower()) if match else None
         if match and scale is not None:
             value = float(match[1].replace("_", "")) * scale
-    elif isinstance(text, numbers.Real) and not isinstance(text, bool):
+    elif isinstance(text, int | float | np.number) and not isinstance(text, bool):
         value = float(text)
     if not (math.isfinite(value) and value >= 1):
         units = ", ".join(unit for unit in _UNITS if unit)

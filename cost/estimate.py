@@ -56,7 +56,7 @@ def estimate(layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, 
         entry[0] += planned.count
         entry[1] += planned.count * planned.collective.bytes
         entry[2] += planned.count * model.seconds(planned.collective)
-    comm_s = sum(entry[2] for entry in totals.values())
+    comm_s = float(sum(entry[2] for entry in totals.values()))
     return Estimate(
         step_s=compute_s + comm_s,
         compute_s=compute_s,

@@ -62,12 +62,13 @@ def mesh_of(mesh: Mapping[str, int], cluster: Cluster) -> MeshShape:
     return shape
 
 
-def warn_if_batch_is_whole(regions: Regions, mesh: MeshShape, stacklevel: int = 4) -> None:
-    """Warns once where the batch is so large that no mesh axis divides it, so that it cannot be split."""
-    axes = {a: n for a, n in mesh.as_dict().items() if n > 1}
+def warn_if_batch_is_whole(regions: Regions, result: SearchResult, stacklevel: int = 4) -> None:
+    """Warns once where no axis of any mesh that was searched divides the batch, so that it cannot be split."""
+    axes = {a: n for a, n in result.best.mesh.as_dict().items() if n > 1}
+    searched = {n for found in result.found for n in found.mesh.sizes if n > 1}
     names = named_dims(regions)
     sizes = [names.sizes[d] for d in names.batch]
-    if not axes or not sizes or any(size % n == 0 for size in sizes for n in axes.values()):
+    if not axes or not sizes or any(size % n == 0 for size in sizes for n in searched):
         return
     graph = regions.graph
     for op in graph.arguments:

@@ -59,7 +59,7 @@ def _read(kind: object, value: object, where: str) -> object:
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             raise ValueError(f"{where} is {value!r}, expected a number")
         return float(value)
-    return _expect(kind, value, where)  # type: ignore[arg-type, type-var]
+    return _expect(kind, value, where)  # type: ignore[arg-type]
 
 
 def _expect(kind: type[T], value: object, where: str) -> T:

@@ -134,7 +134,7 @@ def plan_program(
         raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
     if not result.best.fits:
         raise over_budget(result, budget, cluster)
-    warn_if_batch_is_whole(regions, result.best.mesh)
+    warn_if_batch_is_whole(regions, result)
     seconds = {"trace": trace_s, "rules": analysed - began, **result.seconds}
     return _report(program, regions, cluster, result, budget, strategy, pins or {}, seconds)
 

@@ -1,4 +1,4 @@
-"""Plans as data: text and back, the fingerprint, binding, reviewing, pinning, caching, and the state that they place."""
+"""Plans as data: text and back, fingerprints, binding, reviewing, pins, the cache, and the state that they place."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ffjax
-from ffjax import autoshard as autoshard_module
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import ClusterError, FfjaxWarning
 from ffjax.plan import Plan
+
+# The function of the same name hides the module.
+autoshard_module = sys.modules["ffjax.autoshard"]
 
 Tree = dict[str, Any]
 MESH = {"x": 4, "y": 2}
