@@ -250,8 +250,11 @@ class Sharded:
 
 
 def place(array: Any, sharding: NamedSharding) -> jax.Array:
-    """An array where the plan wants it; the array itself if it is there."""
-    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+    """An array where the plan wants it; the array itself if it is there.
+
+    One that is there by another name (of a mesh, of an axis) takes the plan's, or `jax.jit` would compile for each.
+    """
+    if isinstance(array, jax.Array) and array.sharding == sharding:
         return array
     placed: jax.Array = jax.device_put(array, sharding)
     return placed

@@ -232,8 +232,9 @@ def test_parse_bytes_refuses(text: str | float) -> None:
 
 
 class _FakeDevice:
-    def __init__(self, kind: str, limit: int | None) -> None:
+    def __init__(self, kind: str, limit: int | None, process_index: int) -> None:
         self.device_kind = kind
+        self.process_index = process_index
         self._limit = limit
 
     def memory_stats(self) -> dict[str, int] | None:
@@ -243,7 +244,7 @@ class _FakeDevice:
 def _attach(
     monkeypatch: pytest.MonkeyPatch, kind: str, count: int, processes: int = 1, limit: int | None = None
 ) -> None:
-    devices = [_FakeDevice(kind, limit)] * count
+    devices = [_FakeDevice(kind, limit, i * processes // count) for i in range(count)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
