@@ -6,7 +6,6 @@ find, but which must be right all the same. `pytest --full` checks all strategie
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -17,6 +16,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -124,7 +124,8 @@ def sharded(row: Row, case: Case, strategy: str, mesh: MeshShape) -> Sharded:
 def check(row: Row, strategy: str, mesh: MeshShape) -> None:
     case = row.make()
     step = sharded(row, case, strategy, mesh)
-    with pytest.warns(FfjaxWarning, match=row.warns) if row.warns else contextlib.nullcontext():
+    with warnings.catch_warnings(), pytest.warns(FfjaxWarning, match=row.warns) if row.warns else nullcontext():
+        warnings.filterwarnings("ignore", "the batch is not split", FfjaxWarning)
         plan = step.plan(*case.args, **case.kwargs)
     lowered = plan.lower(jax.devices())
     text = lowered.as_text()
