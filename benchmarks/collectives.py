@@ -6,6 +6,7 @@ python benchmarks/collectives.py
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterable
 
@@ -48,10 +49,11 @@ def scattered_as_reduced(found: dict[str, tuple[float, float]]) -> dict[str, flo
 
 def main() -> None:
     fake_devices(8)
+    wanted = [m for m in MESHES if len(sys.argv) == 1 or "x".join(map(str, m.values())) in sys.argv[1:]]
     rows = []
     for name, (module, config) in MODELS.items():
         step, args = module.make_train_step(config), module.example_args(config)
-        for mesh in MESHES:
+        for mesh in wanted:
             for strategy in STRATEGIES:
                 if strategy == "fsdp+tensor_parallel" and len(mesh) == 1:
                     continue

@@ -26,15 +26,10 @@ from ffjax.ir.spec import Spec, shard_count
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetimes:
-    """For each value the first and the last op at which it is in memory; `first > last` if it never is.
-
-    `until` is for each op when it has really read its operands: a fused one reads them in the op that it is fused into, a
-    body all through its loop.
-    """
+    """For each value the first and the last op at which it is in memory; `first > last` if it never is."""
 
     first: NDArray[np.int64]
     last: NDArray[np.int64]
-    until: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +51,6 @@ def lifetimes(graph: Graph) -> Lifetimes:
     first = np.array([v.producer for v in graph.values], dtype=np.int64)
     last = first.copy()
     stays = [False] * len(graph.values)
-    untils = np.arange(end, dtype=np.int64)
     # Backwards, so that what a fused value reads inherits the ops that read the fused value.
     for op in reversed(graph.ops):
         until = op.id
@@ -66,7 +60,6 @@ def lifetimes(graph: Graph) -> Lifetimes:
             inner = graph.values[op.results[0]].scope
             # What a body only reads is the outer array itself, for as long as the loop runs.
             until = op.id if op.id in carries else span[inner][1]
-        untils[op.id] = until
         for value in op.operands:
             if value != NO_VALUE:
                 last[value] = max(last[value], until)
@@ -96,7 +89,7 @@ def lifetimes(graph: Graph) -> Lifetimes:
                 last[value] = first[value] - 1
             if value in taken_over and value != NO_VALUE:
                 last[value] = first[value] - 1
-    return Lifetimes(first=first, last=last, until=untils)
+    return Lifetimes(first=first, last=last)
 
 
 class MemoryModel:
@@ -127,8 +120,8 @@ class MemoryModel:
         for edge in regions.edges:
             ports = reads.setdefault((edge.value, graph.ops[edge.op].scope), {})
             key = (family[edge.target], edge.target_dims)
-            first, last, op, operand = ports.get(key, (edge.op, edge.op, edge.op, edge.operand))
-            ports[key] = (first, max(last, int(times.until[edge.op])), op, operand)
+            first, _, op, operand = ports.get(key, (edge.op, edge.op, edge.op, edge.operand))
+            ports[key] = (first, edge.op, op, operand)
         gathered: dict[Hashable, list[tuple[int, list[tuple[int, int, int, int]]]]] = {}
         for (value_id, _), ports in reads.items():
             producer = graph.values[value_id].producer

@@ -95,7 +95,7 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     for edge in regions.edges:
         key_ = (edge.value, graph.ops[edge.op].scope)
         first, last = reads.get(key_, (edge.op, edge.op))
-        reads[key_] = (min(first, edge.op), max(last, int(times.until[edge.op])))
+        reads[key_] = (min(first, edge.op), max(last, edge.op))
     copy_bytes: dict[int, NDArray[np.float64]] = {}
     for index, transfer in enumerate(problem.transfers):
         alive = sum(1 for member in transfer.values if reads[member][0] <= at <= reads[member][1])
