@@ -225,7 +225,7 @@ PLAN_ERRORS = {
     "plain.py:train_step --memory lots": "'lots' is no amount of memory",
     "plain.py:train_step --memory 1KiB": "no plan fits",
     "plain.py:train_step --strategy fast": "unknown strategy 'fast'",
-    "plain.py:train_step --donate 2": "argument number 2",
+    "plain.py:train_step --donate 2": "there is no argument 2",
     "plain.py:train_step --cluster h10": "unknown cluster 'h10' (did you mean 'h100'?)",
     "plain.py:train_step --cluster no.toml": "there is no cluster file 'no.toml'",
     "plain.py:train_step --cluster local --hosts 2": "leave --hosts and --devices-per-host out",
