@@ -2,6 +2,7 @@
 
     live(t) = sum over materialised values alive at t of their local bytes
             + sum over reshardings alive at t of the copy's local bytes
+            + the partial sums that the op at t makes and scatters
 
 A value lives from the op that makes it to the last op that reads it, directly or through fused values that are never
 in memory themselves. Crossing into a loop: what a body only reads stays alive for the whole loop and is not copied, a
@@ -26,10 +27,15 @@ from ffjax.ir.spec import Spec, shard_count
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetimes:
-    """For each value the first and the last op at which it is in memory; `first > last` if it never is."""
+    """For each value the first and the last op at which it is in memory; `first > last` if it never is.
+
+    `until` is for each op when it has really read its operands: a fused one reads them in the op that it is fused into,
+    a body all through its loop.
+    """
 
     first: NDArray[np.int64]
     last: NDArray[np.int64]
+    until: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +57,7 @@ def lifetimes(graph: Graph) -> Lifetimes:
     first = np.array([v.producer for v in graph.values], dtype=np.int64)
     last = first.copy()
     stays = [False] * len(graph.values)
+    untils = np.arange(end, dtype=np.int64)
     # Backwards, so that what a fused value reads inherits the ops that read the fused value.
     for op in reversed(graph.ops):
         until = op.id
@@ -60,6 +67,7 @@ def lifetimes(graph: Graph) -> Lifetimes:
             inner = graph.values[op.results[0]].scope
             # What a body only reads is the outer array itself, for as long as the loop runs.
             until = op.id if op.id in carries else span[inner][1]
+        untils[op.id] = until
         for value in op.operands:
             if value != NO_VALUE:
                 last[value] = max(last[value], until)
@@ -89,7 +97,7 @@ def lifetimes(graph: Graph) -> Lifetimes:
                 last[value] = first[value] - 1
             if value in taken_over and value != NO_VALUE:
                 last[value] = first[value] - 1
-    return Lifetimes(first=first, last=last)
+    return Lifetimes(first=first, last=last, until=untils)
 
 
 class MemoryModel:
@@ -120,38 +128,55 @@ class MemoryModel:
         for edge in regions.edges:
             ports = reads.setdefault((edge.value, graph.ops[edge.op].scope), {})
             key = (family[edge.target], edge.target_dims)
-            first, _, op, operand = ports.get(key, (edge.op, edge.op, edge.op, edge.operand))
-            ports[key] = (first, edge.op, op, operand)
+            first, last, op, operand = ports.get(key, (edge.op, edge.op, edge.op, edge.operand))
+            ports[key] = (first, max(last, int(times.until[edge.op])), op, operand)
         gathered: dict[Hashable, list[tuple[int, list[tuple[int, int, int, int]]]]] = {}
         for (value_id, _), ports in reads.items():
             producer = graph.values[value_id].producer
             key = (family[regions.region_of[producer]], regions.home[value_id], tuple(ports))
             gathered.setdefault(key, []).append((value_id, list(ports.values())))
         self.copies = [_Copies(members) for members in gathered.values()]
+        sums: dict[Hashable, list[int]] = {}
+        for region in regions.regions:
+            results = graph.ops[region.ops[0]].results
+            if region.solo and region.dims[0].reduced and len(results) == 1:
+                sums.setdefault((family[region.id], regions.home[results[0]]), []).append(results[0])
+        self.sums = [np.array(values, dtype=np.int64) for values in sums.values()]
+        """Results that may be partial sums, by what is sharded alike."""
 
     def peak(self, layout: Layout) -> Peak:
         """The most bytes that are live on one device at once, and where."""
         graph = self.graph
         pieces = np.array([shard_count(layout.home(value), layout.mesh) for value in self.homes], dtype=float)
         first, last, sizes = [self.first], [self.last], [self.bytes / pieces[self.group] if len(pieces) else self.bytes]
-        values, copied = [self.values], [np.zeros(len(self.values), dtype=bool)]
+        values, what = [self.values], [np.zeros(len(self.values), dtype=np.int64)]
+
+        def add(
+            begins: NDArray[np.int64], ends: NDArray[np.int64], of: NDArray[np.int64], pieces: int, kind: int
+        ) -> None:
+            first.append(begins)
+            last.append(ends)
+            values.append(of)
+            sizes.append(np.array([graph.values[v].bytes for v in of]) / pieces)
+            what.append(np.full(len(of), kind))
+
         for copies in self.copies:
             for begins, ends, pieces_ in copies.under(layout):
-                first.append(begins)
-                last.append(ends)
-                values.append(copies.values)
-                sizes.append(np.array([graph.values[v].bytes for v in copies.values]) / pieces_)
-                copied.append(np.ones(len(begins), dtype=bool))
+                add(begins, ends, copies.values, pieces_, 1)
+        for scattered in self.sums:
+            partial = layout.partial(int(scattered[0]))
+            if partial != layout.home(int(scattered[0])):
+                made = np.array([graph.values[v].producer for v in scattered])
+                add(made, made, scattered, shard_count(partial, layout.mesh), 2)
         begins, ends, size = np.concatenate(first), np.concatenate(last), np.concatenate(sizes)
         count = len(graph.ops) + 2
         live = np.cumsum(np.bincount(begins, size, count) - np.bincount(ends + 1, size, count))
         at = int(np.argmax(live[: len(graph.ops) + 1]))
         alive = np.flatnonzero((begins <= at) & (at <= ends))
         largest = alive[np.argsort(-size[alive], kind="stable")][:12]
-        value, copy = np.concatenate(values), np.concatenate(copied)
-        named = tuple(
-            (("copy of " if copy[i] else "") + describe(graph, int(value[i])), float(size[i])) for i in largest.tolist()
-        )
+        value, kinds = np.concatenate(values), np.concatenate(what)
+        prefix = ("", "copy of ", "partial sums of ")
+        named = tuple((prefix[kinds[i]] + describe(graph, int(value[i])), float(size[i])) for i in largest.tolist())
         return Peak(bytes=float(live[at]), op=min(at, len(graph.ops) - 1), live=named)
 
 

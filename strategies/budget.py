@@ -91,11 +91,12 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     for (node, dims), size in by_dims.items():
         share = size / _home_splits(problem, node, dims)
         node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
+    _add_sums(problem, at, node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
     for edge in regions.edges:
         key_ = (edge.value, graph.ops[edge.op].scope)
         first, last = reads.get(key_, (edge.op, edge.op))
-        reads[key_] = (min(first, edge.op), max(last, edge.op))
+        reads[key_] = (min(first, edge.op), max(last, int(times.until[edge.op])))
     copy_bytes: dict[int, NDArray[np.float64]] = {}
     for index, transfer in enumerate(problem.transfers):
         alive = sum(1 for member in transfer.values if reads[member][0] <= at <= reads[member][1])
@@ -103,6 +104,19 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
             shards = np.array([shard_count(c, problem.mesh) for c in transfer.columns], dtype=float)
             copy_bytes[index] = alive * transfer.bytes / shards
     return Instant(node_bytes=node_bytes, copy_bytes=copy_bytes, fixed_bytes=fixed, budget_bytes=budget_bytes)
+
+
+def _add_sums(problem: Problem, at: int, node_bytes: dict[int, NDArray[np.float64]]) -> None:
+    """Adds the partial sums that an op makes under the candidates that scatter them."""
+    regions, graph = problem.regions, problem.regions.graph
+    op, region = graph.ops[at], regions.regions[regions.region_of[at]]
+    if not region.solo or len(op.results) != 1 or not region.dims[0].reduced:
+        return
+    node = problem.node_of[region.id]
+    entry = problem.nodes[node]
+    scatters = np.array([any(d != UNUSED for d in c.scatter) for c in entry.candidates])
+    sizes = scatters * graph.values[op.results[0]].bytes / entry.splits.of_dims(regions.home[op.results[0]])
+    node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 
 
 def _home_splits(problem: Problem, node: int, dims: Dims) -> NDArray[np.float64]:
