@@ -717,12 +717,14 @@ def convolutions() -> Case:
             h = jax.nn.relu(conv(images, params["a"], (1, 1), "SAME"))
             h = jax.nn.relu(conv(h, params["b"], (2, 2), "SAME"))
             h = conv(h, params["depthwise"], (1, 1), "SAME", feature_group_count=16)
+            h = h + conv(h, params["grouped"], (1, 1), "SAME", feature_group_count=4)
             h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
             return (h.mean((1, 2)) ** 2).mean()
 
         return descend(params, loss_fn)
 
-    params = {"a": weights(3, 3, 8, 8) / 3, "b": weights(3, 3, 8, 16) / 3, "depthwise": weights(3, 3, 1, 16) / 3}
+    shapes = {"a": (8, 8), "b": (8, 16), "depthwise": (1, 16), "grouped": (4, 16)}
+    params = {name: weights(3, 3, *shape) / 3 for name, shape in shapes.items()}
     return Case(step=step, args=(params, values(8, 8, 8, 8)))
 
 

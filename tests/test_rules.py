@@ -21,11 +21,13 @@ from jax.extend import core
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import ffjax
+from ffjax.emit.pieces import bind_on_pieces
 from ffjax.errors import FfjaxWarning, RuleError
 from ffjax.ir import compat, equation_rules
 from ffjax.ir.compat import JaxprEqn, Literal
 from ffjax.ir.equation_rules import rules_for
-from ffjax.ir.extra_rules import register_rule
+from ffjax.ir.extra_rules import register_rule, runs_on_pieces
 from ffjax.ir.inline import inline
 from ffjax.ir.rules import DimFactors, OpShardingRule
 
@@ -134,7 +136,14 @@ def prove(case: Case, eqn: JaxprEqn, operands: list[jax.Array], rule: OpSharding
     reduced = set(rule.reduction)
     outputs = [sharding(v) for v in rule.results]
     expected = compat.bind(eqn, operands)
-    split = jax.jit(lambda *args: compat.bind(eqn, args), in_shardings=inputs, out_shardings=outputs)
+    summed = tuple(f"f{f}" for f in ways if f in reduced)
+
+    def run(*args: jax.Array) -> list[jax.Array]:
+        if not runs_on_pieces(eqn):
+            return compat.bind(eqn, args)
+        return bind_on_pieces(eqn, args, mesh, [s.spec for s in inputs], [s.spec for s in outputs], summed)
+
+    split = jax.jit(run, in_shardings=inputs, out_shardings=outputs)
     compiled = split.lower(*operands).compile()
     allowed = frozenset().union(*(ALLOWED[kind(rule, f)] for f in ways))
     allowed |= case.communicates.get(letter(rule, factor), frozenset())
@@ -196,6 +205,21 @@ def test_registered_rule_is_used_and_checked() -> None:
     register_rule("own_rule", override=True)(lambda eqn: "([i])->([i]) {i=4}")
     with pytest.raises(RuleError, match="one entry for each input"):
         rules_for(eqns)
+
+
+def test_own_primitive_runs_on_pieces() -> None:
+    own = core.Primitive("own_kernel")
+    own.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape[1:], x.dtype))
+    own.def_impl(lambda x: x.sum(0) if x.shape[0] == 4 else pytest.fail(f"ran on {x.shape}"))
+    mlir.register_lowering(own, mlir.lower_fun(lambda x: jnp.sum(x, 0), multiple_results=False))
+    register_rule("own_kernel", on_pieces=True)(lambda eqn: "([i, j])->([j]) {j=6, i=32} reduction={i}")
+    rows = {"*": PartitionSpec("x")}
+    plan = ffjax.plan(own.bind, jax.ShapeDtypeStruct((32, 6), jnp.float32), mesh={"x": 8}, pins=rows)
+    lowered = plan.lower(jax.devices())
+    assert "manual_computation" in lowered.as_text()
+    assert [c.kind for c in plan.estimate.collectives] == ["all_reduce"]
+    x = np.arange(32 * 6, dtype=np.float32).reshape(32, 6)
+    np.testing.assert_allclose(lowered.compile()(x)[0], x.sum(0))
 
 
 def test_what_is_known_is_not_lowered_again(monkeypatch: pytest.MonkeyPatch) -> None:

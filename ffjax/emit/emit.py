@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ffjax.emit.pieces import bind_on_pieces
 from ffjax.ir import compat
 from ffjax.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from ffjax.ir.extra_rules import runs_on_pieces
 from ffjax.ir.graph import NO_VALUE, Scope
 from ffjax.ir.inline import bodies
 from ffjax.ir.layout import Layout
@@ -121,7 +123,15 @@ class _Interpreter:
             # inner slice's clamp: devices that do not hold the row then overwrite another one of theirs.
             piece = jax.lax.optimization_barrier(operands[0])
             operands[0] = self.constrain(piece, self.layout.operand(op, 0))
+        if runs_on_pieces(eqn):
+            return self.on_pieces(eqn, operands, op)
         return self.bound(eqn, operands, eqn.params, op)
+
+    def on_pieces(self, eqn: JaxprEqn, operands: Sequence[jax.Array], op: int) -> list[jax.Array]:
+        ins = [partition_spec(self.layout.operand(op, i)) for i in range(len(operands))]
+        outs = [partition_spec(self.layout.partial(self.graph.value_of[v])) for v in eqn.outvars]
+        results = bind_on_pieces(eqn, operands, self.mesh, ins, outs, self.layout.partial_axes(op))
+        return [self.write(array, var, op) for array, var in zip(results, eqn.outvars, strict=True)]
 
     def bound(
         self, eqn: JaxprEqn, operands: Sequence[jax.Array], params: dict[str, object], op: int | None

@@ -2,12 +2,13 @@
 
 `register_rule` is also the way to give a rule to a primitive of your own. The corrections only ever
 take freedom away: a factor that XLA's partitioner is seen to replicate, whatever Shardy's rule says,
-needs replication, so that a plan's costs are those of the program that runs.
+needs replication, so that a plan's costs are those of the program that runs. Some ops the partitioner
+cannot split at all though each piece is the same op again: they run on pieces, inside `shard_map`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from jax.extend.core import JaxprEqn
@@ -21,15 +22,25 @@ from ffjax.ir.shardy import Shape, each, elementwise, last_replicated
 Rule = Callable[[JaxprEqn], OpShardingRule | str]
 Adjustment = Callable[[JaxprEqn, OpShardingRule], OpShardingRule]
 
+Params = dict[str, object]
+PieceParams = Callable[[JaxprEqn, Sequence[Shape]], Params]
+
 _RULES: dict[str, Rule] = {}
 _ADJUSTMENTS: dict[str, Adjustment] = {}
+_ON_PIECES: dict[str, PieceParams] = {}
 
 
-def register_rule(primitive: str, *, override: bool = False) -> Callable[[Rule], Rule]:
+def register_rule(primitive: str, *, override: bool = False, on_pieces: bool = False) -> Callable[[Rule], Rule]:
     """Gives a primitive a sharding rule, by name; the rule replaces whatever Shardy would say.
 
     The function takes the equation and returns an `OpShardingRule` or its text, with one operand for
     each of the equation's inputs (scalars and literals too) and one result for each of its outputs.
+
+    Args:
+      primitive: its name in a jaxpr.
+      override: replace the rule that it has.
+      on_pieces: run it inside `shard_map`, with the same parameters on each device's pieces, and add up what the
+        rule's reduction factors leave apart. For what XLA's partitioner cannot split: custom calls, kernels.
 
     Raises:
       RuleError: when the primitive has one already and `override` is not set.
@@ -39,9 +50,27 @@ def register_rule(primitive: str, *, override: bool = False) -> Callable[[Rule],
         if primitive in _RULES and not override:
             raise RuleError(f"primitive {primitive!r} has a sharding rule already; pass override=True to replace it")
         _RULES[primitive] = rule
+        _ON_PIECES.pop(primitive, None)
+        if on_pieces:
+            _ON_PIECES[primitive] = _same_params
         return rule
 
     return register
+
+
+def runs_on_pieces(eqn: JaxprEqn) -> bool:
+    """Whether an equation runs inside `shard_map` where it is split, as the partitioner cannot split it."""
+    name = eqn.primitive.name
+    return name in _ON_PIECES and (name != "conv_general_dilated" or _groups(eqn) > 1)
+
+
+def piece_params(eqn: JaxprEqn, pieces: Sequence[Shape]) -> Params:
+    """The parameters with which an equation runs on pieces of its inputs, of these shapes."""
+    return _ON_PIECES[eqn.primitive.name](eqn, pieces)
+
+
+def _same_params(eqn: JaxprEqn, pieces: Sequence[Shape]) -> Params:
+    return dict(eqn.params)
 
 
 def register_adjustment(primitive: str) -> Callable[[Adjustment], Adjustment]:
@@ -220,31 +249,63 @@ def _reduce_bits(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     return rule if logical else demote(rule, rule.reduction)
 
 
+# XLA's partitioner gathers every dimension of these, those of the batch too.
+_ON_PIECES["fft"] = _ON_PIECES["top_k"] = _same_params
+
+
 @register_adjustment("fft")
+def _fft(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
+    return demote(rule, _factors_beyond(rule, len(shape_of(eqn.invars[0])) - len(eqn.params["fft_lengths"])))
+
+
 @register_adjustment("top_k")
-def _not_partitioned(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
-    """XLA's partitioner has no case for these: it gathers every dimension, batch dimensions too."""
-    return demote(rule, range(len(rule.sizes)))
+def _top_k(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
+    axis = eqn.params.get("axis", -1)
+    kept = {f for d, dim in enumerate(rule.operands[0]) for f in dim if d != axis % len(rule.operands[0])}
+    return demote(rule, set(range(len(rule.sizes))) - kept)
+
+
+def _factors_beyond(rule: OpShardingRule, batch: int) -> set[int]:
+    """All factors but those of the first operand's batch dimensions."""
+    return set(range(len(rule.sizes))) - {f for dim in rule.operands[0][:batch] for f in dim}
+
+
+def _groups(eqn: JaxprEqn) -> int:
+    groups: int = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
+    return groups
+
+
+def _grouped_pieces(eqn: JaxprEqn, pieces: Sequence[Shape]) -> Params:
+    """A piece of a grouped convolution has the groups that lie in it."""
+    numbers = eqn.params["dimension_numbers"]
+    params = dict(eqn.params)
+    for name, dim in (("feature_group_count", numbers.lhs_spec[1]), ("batch_group_count", numbers.lhs_spec[0])):
+        params[name] = max(1, params[name] * pieces[0][dim] // shape_of(eqn.invars[0])[dim])
+    return params
+
+
+_ON_PIECES["conv_general_dilated"] = _grouped_pieces
 
 
 @register_adjustment("conv_general_dilated")
 def _convolution(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     """Factors that Shardy splits and XLA's partitioner cannot.
 
-    It gathers everything for grouped convolutions that are not depthwise. In a depthwise one with several
-    output channels per input channel it computes wrong numbers once these are split from each other. And it
-    cannot split the window in the place of the patches, which Shardy allows past one patch per device. A kernel's
-    gradient it sums over all devices, whatever it is split over: where patches are split, and in depthwise ones.
+    It gathers everything for grouped convolutions and gets some depthwise ones wrong: they run on pieces, without
+    the halos of a split image. In all others it cannot split the window in the place of the patches, which Shardy
+    allows past one patch per device. A kernel's gradient it sums over all devices, whatever it is split over, where
+    patches are split.
     """
-    groups, batch_groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
     numbers = eqn.params["dimension_numbers"]
-    lhs = shape_of(eqn.invars[0])
     image, kernel, result = rule.operands[0], rule.operands[1], rule.results[0]
-    if groups not in (1, lhs[numbers.lhs_spec[1]]) or batch_groups not in (1, lhs[numbers.lhs_spec[0]]):
-        return demote(rule, range(len(rule.sizes)))
-    lost = {f for value in (image, kernel, result) for dim in value for f in dim[1:] if groups * batch_groups > 1}
+    if _groups(eqn) > 1:
+        grouped = image[numbers.lhs_spec[1 if eqn.params["feature_group_count"] > 1 else 0]]
+        if not grouped or rule.sizes[grouped[0]] != _groups(eqn):
+            return demote(rule, range(len(rule.sizes)))
+        specs = (image, numbers.lhs_spec), (kernel, numbers.rhs_spec), (result, numbers.out_spec)
+        return demote(rule, {f for value, spec in specs for d in spec[2:] for f in value[d]})
     patches_summed = {f for d in numbers.lhs_spec[2:] for f in image[d]}
-    lost |= rule.reduction & patches_summed if batch_groups == 1 else rule.reduction
+    lost = set(rule.reduction & patches_summed)
     spatial = zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
     for (d, k, o), dilation in zip(spatial, eqn.params["rhs_dilation"], strict=True):
         # The gradient of a strided kernel has its patches where a forward convolution has its window.
