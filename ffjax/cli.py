@@ -16,6 +16,7 @@ from rich.table import Table
 
 import ffjax
 from ffjax import planner
+from ffjax import verify as verifying
 from ffjax.cli_options import Question, with_question
 from ffjax.cost.cluster import Cluster
 from ffjax.demo import agree, report, run_demo, verdict
@@ -80,8 +81,9 @@ def _console() -> Console:
 @with_question
 @click.option("--strategy", default=AUTO, show_default=True, help="auto, or a named strategy.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Where to write the plan as JSON.")
+@click.option("--verify", is_flag=True, help="Compile the best few plans and take the fastest that then fits.")
 @click.option("--details", is_flag=True, help="Everything, not only what matters most.")
-def plan(asked: Question, strategy: str, out: str | None, details: bool) -> None:
+def plan(asked: Question, strategy: str, out: str | None, verify: bool, details: bool) -> None:
     """Finds a plan for a cluster, which need not be there.
 
     The target is file.py:function or package.module:function. The shapes of its arguments come from `example_args` in
@@ -99,6 +101,7 @@ def plan(asked: Question, strategy: str, out: str | None, details: bool) -> None
             strategy=strategy,
             mesh=asked.mesh,
             pins=asked.pins or None,
+            verify=planner.FINALISTS if verify else planner.NEVER,
             donate_argnums=asked.donate,
             progress=tell,
         )
@@ -109,6 +112,41 @@ def plan(asked: Question, strategy: str, out: str | None, details: bool) -> None
         except OSError as error:
             raise FfjaxError(f"cannot write {out!r}: {error.strerror}. Remedy: give another --out.") from error
         click.echo(f"\nwritten to {out}", err=True)
+
+
+@main.command()
+@with_question
+@click.option("--strategy", default=AUTO, show_default=True, help="auto, or a named strategy.")
+@click.option("--plan", "file", metavar="PLAN.json", help="A saved plan of the step; by default one is searched.")
+@click.pass_context
+def verify(ctx: click.Context, asked: Question, strategy: str, file: str | None) -> None:
+    """Compiles a plan and puts what was predicted beside what the compiler made of it; exit status 1 if it is too big.
+
+    For the devices that are here, or, for a cluster that is not, for compile-only ones (pip install
+    "ffjax[gpu-compile]"). Beside the figures stands what the program does that was not planned.
+
+    \b
+    ffjax verify examples/gpt.py:train_step --cluster h100 --donate 0 --strategy fsdp
+    """
+    with _progress() as tell:
+        tell("traces the step", 0.0)
+        program = planner.trace_step(asked.target.step, asked.target.args, {}, donate_argnums=asked.donate)
+        if file is not None:
+            found = planner.bind_program(Plan.load(file), program)
+        else:
+            found = planner.plan_program(
+                program,
+                cluster=asked.cluster,
+                memory=asked.memory,
+                strategy=strategy,
+                mesh=asked.mesh,
+                pins=asked.pins or None,
+                progress=tell,
+            )
+        tell("compiles", 1.0)
+        checked = verifying.verify(found, asked.cluster)
+    click.echo(verifying.text(checked), nl=False)
+    ctx.exit(0 if checked.fits else 1)
 
 
 @main.command()

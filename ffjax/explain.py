@@ -26,7 +26,7 @@ def explain(plan: Plan, *, details: bool = False) -> str:
         "",
         "collectives of one step, per device",
     ]
-    lines += _table(
+    lines += table(
         [
             (c.kind, "*".join(c.axes), f"{c.count:g} x", bytes_text(c.bytes), seconds_text(c.seconds))
             for c in figures.collectives[:limit]
@@ -34,10 +34,10 @@ def explain(plan: Plan, *, details: bool = False) -> str:
         empty="none",
     )
     lines += ["", "arguments"]
-    lines += _table([(path, count, spec) for path, count, spec in _collapsed(plan.args)][:limit], empty="none")
+    lines += table([(path, count, spec) for path, count, spec in _collapsed(plan.args)][:limit], empty="none")
     lines += ["", "what costs most, and the runner-up (all members of a family together)"]
     hot = sorted(plan.decisions, key=lambda d: -d.seconds)
-    lines += _table(
+    lines += table(
         [
             (seconds_text(d.seconds), f"{d.members} x", _split(d), d.what, _short(d.where), _runner_up(d))
             for d in hot[:limit]
@@ -47,15 +47,30 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     close = sorted((d for d in plan.decisions if d.runner_up), key=lambda d: d.runner_up_extra_s)
     if details:
         lines += ["", "closest calls"]
-        lines += _table([(_split(d), d.what, _short(d.where), _runner_up(d)) for d in close[:MOST_LINES]], empty="none")
+        lines += table([(_split(d), d.what, _short(d.where), _runner_up(d)) for d in close[:MOST_LINES]], empty="none")
     lines += ["", "largest arrays alive at the peak"]
-    lines += _table([(bytes_text(size), what) for what, size in figures.largest[:6]], empty="none")
+    lines += table([(bytes_text(size), what) for what, size in figures.largest[:6]], empty="none")
     lines += ["", "the strategies, each on its best mesh"]
     best: dict[str, tuple[str, ...]] = {}
     for c in sorted(search.competitors, key=lambda c: (not c.fits, c.step_s)):
         row = (c.strategy, c.mesh, seconds_text(c.step_s), bytes_text(c.peak_bytes), "" if c.fits else "does not fit")
         best.setdefault(c.strategy, row)
-    lines += _table(list(best.values()), empty="none")
+    lines += table(list(best.values()), empty="none")
+    if search.finalists:
+        lines += ["", "compiled before deciding: predicted, as compiled"]
+        lines += table(
+            [
+                (
+                    f.strategy,
+                    f.mesh,
+                    f"{seconds_text(f.step_s)}, {seconds_text(f.compiled_step_s)}",
+                    f"{bytes_text(f.peak_bytes)}, {bytes_text(f.compiled_peak_bytes)}",
+                    "" if f.fits else "does not fit",
+                )
+                for f in search.finalists
+            ],
+            empty="none",
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -140,7 +155,7 @@ def bytes_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _table(rows: Sequence[tuple[str, ...]], *, empty: str) -> list[str]:
+def table(rows: Sequence[tuple[str, ...]], *, empty: str) -> list[str]:
     if not rows:
         return [f"  {empty}"]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

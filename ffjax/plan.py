@@ -75,6 +75,20 @@ class Competitor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Finalist:
+    """A plan that the search compiled before it decided: what was predicted, and what the compiler made of it."""
+
+    strategy: str
+    mesh: str
+    step_s: float
+    compiled_step_s: float
+    peak_bytes: float
+    compiled_peak_bytes: float
+    fits: bool
+    """Whether the compiled program is within the budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchReport:
     """How the plan was found. `lower_bound_s` is proved for the plan's mesh; `gap` is the share above it."""
 
@@ -85,6 +99,8 @@ class SearchReport:
     gap: float
     stop: str
     competitors: tuple[Competitor, ...]
+    finalists: tuple[Finalist, ...] = ()
+    """Those that were compiled, fastest first as compiled; empty with `verify="never"`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import PinError, PlanError, PlanMismatch
+from ffjax.finalists import settle
 from ffjax.inputs import argnums, cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import Graph, Op, build_graph
@@ -32,6 +33,7 @@ from ffjax.strategies.runner_up import RunnerUp, runners_up
 from ffjax.strategies.search import AUTO, MOST_AXES, Found, Progress, SearchResult, search
 
 Pins = Mapping[str, PartitionSpec]
+NEVER, FINALISTS = "never", "finalists"
 
 
 def plan(
@@ -42,6 +44,7 @@ def plan(
     strategy: str = AUTO,
     mesh: Mapping[str, int] | None = None,
     pins: Pins | None = None,
+    verify: str = NEVER,
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
     progress: Progress | None = None,
@@ -57,6 +60,8 @@ def plan(
       strategy: `"auto"`, or a named strategy.
       mesh: axis names and sizes, to be used as they are; by default meshes are searched too.
       pins: path patterns of arguments, and the PartitionSpec that each shall have.
+      verify: `"finalists"` compiles the best few plans, for the cluster's devices or compile-only ones, drops those
+        that do not fit and takes the one whose compiled program is fastest; `"never"` compiles nothing.
       static_argnums, donate_argnums: as in `jax.jit`.
       progress: called with what is being done and the share that is done.
 
@@ -72,6 +77,7 @@ def plan(
         strategy=strategy,
         mesh=mesh,
         pins=pins,
+        verify=verify,
         progress=progress,
         trace_s=time.perf_counter() - began,
     )
@@ -106,37 +112,53 @@ def plan_program(
     strategy: str = AUTO,
     mesh: Mapping[str, int] | None = None,
     pins: Pins | None = None,
+    verify: str = NEVER,
     progress: Progress | None = None,
     trace_s: float = 0.0,
 ) -> Plan:
     """Searches a plan for a program that is traced already; see `plan`."""
     began = time.perf_counter()
     cluster = cluster_of(cluster)
+    if verify not in (NEVER, FINALISTS):
+        raise PlanError(
+            f"verify={verify!r} is no way to verify. Remedy: {NEVER!r}, or {FINALISTS!r} to compile the best."
+        )
     budget = float(cluster.device.memory_bytes if memory is None else parse_bytes(memory))
     meshes = None if mesh is None else [mesh_of(mesh, cluster)]
     graph = build_graph(program)
     regions = find_regions(graph)
     if pins:
         check_pins(regions, pins, meshes or cluster.mesh_shapes(max_axes=MOST_AXES))
-    analysed = time.perf_counter()
-    try:
-        result = search(
-            regions,
-            cluster,
-            budget_bytes=budget,
-            strategy=strategy,
-            meshes=meshes,
-            keep=keep_pins(regions, pins or {}),
-            marks=pin_marks(regions, pins or {}),
-            progress=progress,
-        )
-    except ValueError as error:
-        raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
+    seconds = {"trace": trace_s, "rules": time.perf_counter() - began}
+
+    def searched(budget_bytes: float) -> SearchResult:
+        try:
+            result = search(
+                regions,
+                cluster,
+                budget_bytes=budget_bytes,
+                strategy=strategy,
+                meshes=meshes,
+                keep=keep_pins(regions, pins or {}),
+                marks=pin_marks(regions, pins or {}),
+                progress=progress,
+            )
+        except ValueError as error:
+            raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
+        for phase, spent in result.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+        return result
+
+    def reported(result: SearchResult, found: Found) -> Plan:
+        return _report(program, regions, cluster, result, found, budget, strategy, pins or {}, seconds)
+
+    result = searched(budget)
     if not result.best.fits:
         raise over_budget(result, budget, cluster)
     warn_if_batch_is_whole(regions, result)
-    seconds = {"trace": trace_s, "rules": analysed - began, **result.seconds}
-    return _report(program, regions, cluster, result, budget, strategy, pins or {}, seconds)
+    if verify == NEVER:
+        return reported(result, result.best)
+    return settle(result, cluster, budget, searched, reported, seconds, progress)
 
 
 def bind_program(plan: Plan, program: Program) -> Plan:
@@ -199,12 +221,12 @@ def _report(
     regions: Regions,
     cluster: Cluster,
     result: SearchResult,
+    best: Found,
     budget: float,
     strategy: str,
     pins: Pins,
     seconds: dict[str, float],
 ) -> Plan:
-    best = result.best
     layout = best.layout
     graph = regions.graph
     model = CollectiveModel(best.mesh, cluster)
@@ -234,7 +256,7 @@ def _report(
         ),
         decisions=tuple(_decisions(regions, best, result.keys, others)),
         estimate=estimate(layout, result.kernels, model, best.peak),
-        search=_search_report(result, strategy, seconds),
+        search=_search_report(result, best, seconds),
         layout=layout,
     )
 
@@ -293,8 +315,7 @@ def _subject(graph: Graph, region: Region) -> tuple[str, str]:
     return graph.source(heaviest), f"{heaviest.kind} {value.dtype}{list(value.shape)}{more}"
 
 
-def _search_report(result: SearchResult, strategy: str, seconds: dict[str, float]) -> SearchReport:
-    best = result.best
+def _search_report(result: SearchResult, best: Found, seconds: dict[str, float]) -> SearchReport:
     exact = best.exact
     return SearchReport(
         seconds={**seconds, "total": sum(seconds.values())},
