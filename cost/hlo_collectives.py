@@ -35,7 +35,7 @@ _CALLERS = frozenset(["call", "fusion", "conditional", "async-start", "custom-ca
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HloCollective:
-    """A collective of a module, its bytes as `Collective` counts them; a permute's groups are (source, target) pairs."""
+    """A collective, its bytes as `Collective` counts them; the groups of a permute are (source, target) pairs."""
 
     kind: CollectiveKind
     bytes: float

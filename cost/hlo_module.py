@@ -72,7 +72,8 @@ class Computation:
     @property
     def root(self) -> Instruction:
         """What it returns; the last instruction where none is marked."""
-        return next((i for i in self if i.is_root), list(self)[-1])
+        instructions = list(self)
+        return next((i for i in instructions if i.is_root), instructions[-1])
 
     def __iter__(self) -> Iterator[Instruction]:
         return iter(self.instructions.values())
