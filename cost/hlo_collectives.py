@@ -45,21 +45,21 @@ class HloCollective:
     def paired(self) -> bool:
         return self.kind == "collective_permute"
 
-    def named(self, mesh: MeshShape | None) -> Collective:
-        """With the mesh axes that it runs over; without, where there is no mesh or they are no product of axes."""
+    def axes(self, mesh: MeshShape | None) -> tuple[str, ...]:
+        """The mesh axes that it runs over; none, where there is no mesh or its groups are no product of axes."""
         if mesh is None:
-            return Collective(self.kind, (), self.bytes)
-        name = axes_of_pairs if self.paired else axes_of_groups
-        return Collective(self.kind, name(self.groups, mesh), self.bytes)
+            return ()
+        return axes_of_pairs(self.groups, mesh) if self.paired else axes_of_groups(self.groups, mesh)
 
 
-def collectives_of(source: HloSource, mesh: MeshShape | None = None) -> list[CountedCollective]:
+def collectives_of(source: HloSource, mesh: MeshShape | None = None, *, split: bool = False) -> list[CountedCollective]:
     """The collectives of a compiled program, loops multiplied out, in the order of the text.
 
     Args:
       source: a compiled program, its HLO text, a serialized proto, or a `Module`.
       mesh: names the axes that each collective runs over; without it, or where the devices of a group are no
         product of mesh axes, `axes` is empty.
+      split: report a collective that the compiler merged out of several as those several, each with its own source.
 
     A loop whose trip count the compiler does not know counts once, and so does each branch of a conditional.
     """
@@ -67,14 +67,15 @@ def collectives_of(source: HloSource, mesh: MeshShape | None = None) -> list[Cou
     devices = mesh.devices if mesh and module.devices == 1 else module.devices
     return [
         CountedCollective(
-            collective=one.named(mesh),
+            collective=Collective(one.kind, one.axes(mesh), size),
             count=count,
-            source=source_of(instruction, computation),
-            op_name=instruction.op_name,
+            source=source_of(asker, computation),
+            op_name=asker.op_name,
         )
         for computation, count in reached(module)
         for instruction in computation
         if (one := collective_of(instruction, devices)) is not None
+        for asker, size in (_parts(instruction, one, computation, module) if split else [(instruction, one.bytes)])
     ]
 
 
@@ -102,6 +103,28 @@ def collective_of(instruction: Instruction, devices: int) -> HloCollective | Non
     if kind == "reduce_scatter":
         result = operand or result * len(groups[0])
     return HloCollective(kind=kind, bytes=result, groups=groups)
+
+
+def _parts(
+    instruction: Instruction, collective: HloCollective, computation: Computation, module: Module
+) -> list[tuple[Instruction, float]]:
+    """Who asked for a collective, and how much of its bytes is theirs: one part, unless the compiler merged several.
+
+    Compilers merge by giving one collective several operands, or one that is the concatenation of several.
+    """
+    asked: list[Instruction] = []
+    for operand in computation.operands(instruction):
+        joins = operand.opcode == "concatenate" or any(
+            called.root.opcode == "concatenate" and all(o.opcode == "parameter" for o in called.operands(called.root))
+            for called in module.called(operand)
+        )
+        joined = computation.operands(operand) if joins else []
+        whole = sum(shape_bytes(one.shape) for one in joined) == shape_bytes(operand.shape)
+        asked += joined if joined and whole else [operand]
+    total = sum(shape_bytes(one.shape) for one in asked)
+    if len(asked) < 2 or not total:
+        return [(instruction, collective.bytes)]
+    return [(one, collective.bytes * shape_bytes(one.shape) / total) for one in asked]
 
 
 def source_of(instruction: Instruction, computation: Computation) -> str:

@@ -145,7 +145,7 @@ class _Run:
         alpha_s, beta_s_per_byte = group_coefficients(collective.kind, group, self.cluster)
         seconds = alpha_s + beta_s_per_byte * collective.bytes
         link = self.cluster.links[-1 if group.crosses_hosts else 0].name
-        axes = "*".join(collective.named(self.mesh).axes)
+        axes = "*".join(collective.axes(self.mesh))
         name = f"{instruction.name} over {axes}" if axes else instruction.name
         free_s = self.link_free_s.get(link, 0.0)
         after = self.link_last[link] if free_s > self.now_s else self.last
