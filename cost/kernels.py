@@ -157,7 +157,7 @@ def op_flops(op: Op, graph: Graph) -> float:
         kernel = compat.shape_of(op.eqn.invars[1])
         features: int = kernel[op.eqn.params["dimension_numbers"].rhs_spec[0]]
         # What falls between the elements of a dilated operand (a strided convolution's gradient) is no work.
-        holes = math.prod(op.eqn.params["lhs_dilation"])
+        holes: int = math.prod(op.eqn.params["lhs_dilation"])
         return 2.0 * math.prod(result.shape) * math.prod(kernel) / features / holes
     if op.kind in ("ragged_dot_general", "ragged_dot") and op.eqn is not None and result is not None:
         return 2.0 * math.prod(compat.shape_of(op.eqn.invars[0])) * compat.shape_of(op.eqn.invars[1])[-1]
