@@ -87,7 +87,7 @@ def _sizes(instruction: Instruction, operands: Operands, dims: Sequence[int]) ->
 
 
 def _convolution(instruction: Instruction, operands: Operands) -> float:
-    image, kernel = (_array(instruction, operands, i).dims for i in (0, 1))
+    kernel = _array(instruction, operands, 1).dims
     result = next(arrays(instruction.shape)).dims
     labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attributes.get("dim_labels", ""))
     if labels is None:
@@ -101,10 +101,7 @@ def _convolution(instruction: Instruction, operands: Operands) -> float:
     for i, label in enumerate(spatial):
         out = result[labels[3].index(label)]
         at = np.arange(out)[:, None] * strides[i] + np.arange(taps[i])[None, :] * dilation[i] - low[i]
-        inside = at % base[i] == 0
-        if base[i] > 1:  # beyond its elements a dilated dimension is zeros too
-            inside &= (at >= 0) & (at < image[labels[1].index(label)] * base[i])
-        pairs *= float(inside.sum())
+        pairs *= float((at % base[i] == 0).sum())
     features = result[labels[3].index("f")] * result[labels[3].index("b")]
     return 2.0 * features * kernel[labels[2].index("i")] * pairs
 

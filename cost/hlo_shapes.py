@@ -41,9 +41,9 @@ def parse_shape(text: str) -> Shape:
         if bracket == "(":
             stack.append([])
         elif bracket == ")":
-            if len(stack) == 1:
-                break
             done = tuple(stack.pop())
+            if not stack:
+                break
             stack[-1].append(done)
         else:
             # A bounded dynamic dimension, `<=8`, takes the memory of its bound.

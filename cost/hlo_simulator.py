@@ -189,7 +189,7 @@ class _Run:
         for stream in dict.fromkeys(self.tasks[i].stream for i in trip):
             block = self.add(f"{loop.name}, {trips:g} more", stream, self.now_s, spent_s, loop.source, last)
             self.tasks[block].trips, self.tasks[block].like = trips, trip
-            if stream == COMPUTE or self.last == last:
+            if stream == self.tasks[last].stream:  # the one that a trip ends with
                 self.last = block
         self.now_s += spent_s
 
