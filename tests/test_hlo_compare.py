@@ -187,7 +187,7 @@ def test_a_resharding_that_xla_can_do_only_whole() -> None:
 LOG = """
 W spmd_partitioner.cc:601] [SPMD] Involuntary full rematerialization. The compiler cannot go from sharding \
 {devices=[1,2,4]<=[8]} to {devices=[8,1]<=[8]} efficiently for HLO operation %add.2 = f32[8,8]{1,0} add(%a, %b), \
-metadata={op_name="jit(f)/add" source_file="model.py" source_line=12}. As the last resort, SPMD will replicate the tensor.
+metadata={op_name="jit(f)/add" source_file="model.py" source_line=12}. As the last resort, SPMD will replicate it.
 an unrelated line
 """
 
