@@ -56,7 +56,7 @@ class CollectiveModel:
         key = (kind, axes)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = _coefficients(kind, self.group(axes), self.cluster)
+            found = self._known[key] = group_coefficients(kind, self.group(axes), self.cluster)
         return found
 
     @property
@@ -96,7 +96,8 @@ def _model(mesh: MeshShape, cluster: Cluster) -> CollectiveModel:
     return CollectiveModel(mesh, cluster)
 
 
-def _coefficients(kind: CollectiveKind, group: AxisGroup, cluster: Cluster) -> tuple[float, float]:
+def group_coefficients(kind: CollectiveKind, group: AxisGroup, cluster: Cluster) -> tuple[float, float]:
+    """`(alpha_s, beta_s_per_byte)` of a collective over groups that lie on the hosts so."""
     if kind not in COLLECTIVE_KINDS:
         raise ClusterError(f"unknown collective {kind!r}; known: {', '.join(COLLECTIVE_KINDS)}")
     n, h, d = group.devices, group.hosts, group.devices_per_host

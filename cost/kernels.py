@@ -156,7 +156,9 @@ def op_flops(op: Op, graph: Graph) -> float:
     if op.kind == "conv_general_dilated" and op.eqn is not None and result is not None:
         kernel = compat.shape_of(op.eqn.invars[1])
         features: int = kernel[op.eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * math.prod(result.shape) * math.prod(kernel) / features
+        # What falls between the elements of a dilated operand (a strided convolution's gradient) is no work.
+        holes: int = math.prod(op.eqn.params["lhs_dilation"])
+        return 2.0 * math.prod(result.shape) * math.prod(kernel) / features / holes
     if op.kind in ("ragged_dot_general", "ragged_dot") and op.eqn is not None and result is not None:
         return 2.0 * math.prod(compat.shape_of(op.eqn.invars[0])) * compat.shape_of(op.eqn.invars[1])[-1]
     return float(max((math.prod(graph.values[v].shape) for v in op.results + op.operands if v != NO_VALUE), default=0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ffjax.errors import ClusterError
 from ffjax.ir.spec import MeshShape
@@ -97,7 +98,16 @@ def axis_group(mesh: MeshShape, axes: tuple[str, ...], devices_per_host: int) ->
     along = [i for i, name in enumerate(mesh.axes) if name in axes]
     across = [i for i in range(len(mesh.axes)) if i not in along]
     ids = np.arange(mesh.devices).reshape(mesh.sizes).transpose(across + along).reshape(-1, size)
-    host_count = -(-mesh.devices // devices_per_host)
+    return groups_on_hosts(ids, devices_per_host)
+
+
+def groups_on_hosts(ids: NDArray[np.int_], devices_per_host: int) -> AxisGroup:
+    """How groups of devices, one to a row of device ids, lie on hosts of `devices_per_host` devices.
+
+    >>> groups_on_hosts(np.array([[0, 9], [1, 8]]), devices_per_host=8)
+    AxisGroup(devices=2, hosts=2, devices_per_host=1, groups_per_host=2)
+    """
+    host_count = int(ids.max()) // devices_per_host + 1
     groups = np.arange(ids.shape[0])[:, None]
     # One entry for each pair of a group and a host that it has devices on, in order of groups.
     pairs, devices = np.unique(groups * host_count + ids // devices_per_host, return_counts=True)
@@ -105,7 +115,7 @@ def axis_group(mesh: MeshShape, axes: tuple[str, ...], devices_per_host: int) ->
     fewest = np.minimum.reduceat(devices, np.cumsum(spans) - spans)
     worst = int(np.lexsort((fewest, -spans))[0])
     return AxisGroup(
-        devices=size,
+        devices=ids.shape[1],
         hosts=int(spans[worst]),
         devices_per_host=int(fewest[worst]),
         groups_per_host=int(np.bincount(pairs % host_count).max()),

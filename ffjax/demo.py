@@ -17,10 +17,10 @@ from rich.table import Table
 
 from ffjax.autoshard import autoshard
 from ffjax.cost.estimate import Estimate
-from ffjax.emit.hlo import collectives_of, peak_bytes, summarize
+from ffjax.cost.hlo_collectives import collectives_of, peak_bytes
 from ffjax.errors import FfjaxError
 from ffjax.explain import bytes_text, seconds_text
-from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind
+from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
 from ffjax.plan import Plan
 from ffjax.strategies.search import AUTO
 from ffjax.targets import missing_remedy

@@ -35,5 +35,9 @@ class RuleError(FfjaxError):
     """An op sharding rule that cannot be read, or that is registered twice."""
 
 
+class HloError(FfjaxError, ValueError):
+    """A compiled program, or the text of one, that cannot be read."""
+
+
 class FfjaxWarning(UserWarning):
     """The answer stands but is slower or less certain than it could be; the message says why."""

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ffjax.emit.hlo import collectives_of, summarize
+from ffjax.cost.hlo_collectives import collectives_of
 from ffjax.errors import FfjaxError
-from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind
+from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
 
 _MAX_SHOWN = 10  # leaves in one message; the rest are only counted
 

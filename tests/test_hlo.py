@@ -9,16 +9,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ffjax.emit.hlo import (
-    CountedCollective,
-    axes_of_groups,
-    axes_of_pairs,
-    collectives_of,
-    dtype_bits,
-    peak_bytes,
-    summarize,
-)
-from ffjax.ir.spec import Collective, MeshShape
+from ffjax.cost.hlo_collectives import collectives_of, peak_bytes
+from ffjax.cost.hlo_shapes import dtype_bits
+from ffjax.ir.device_groups import axes_of_groups, axes_of_pairs
+from ffjax.ir.spec import Collective, CountedCollective, MeshShape, summarize
 
 SHAPE = MeshShape(("x", "y"), (4, 2))
 

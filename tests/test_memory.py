@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 import ffjax
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.hlo_collectives import peak_bytes
 from ffjax.cost.kernels import by_family, kernels
 from ffjax.cost.memory import Lifetimes, MemoryModel, lifetimes, peak
-from ffjax.emit.hlo import peak_bytes
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import NO_VALUE, build_graph
 from ffjax.ir.layout import Layout

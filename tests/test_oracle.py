@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ffjax.emit.hlo import CountedCollective, summarize
 from ffjax.emit.oracle import explicit_collectives
-from ffjax.ir.spec import Collective
+from ffjax.ir.spec import Collective, CountedCollective, summarize
 
 MESH = AbstractMesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 

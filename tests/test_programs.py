@@ -30,7 +30,6 @@ from ffjax.autoshard import Sharded, place
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.emit.emit import in_shardings
-from ffjax.emit.hlo import CountedCollective
 from ffjax.emit.oracle import explicit_collectives
 from ffjax.emit.run import device_mesh, jitted
 from ffjax.errors import FfjaxWarning
@@ -38,7 +37,7 @@ from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout, PlannedCollective
 from ffjax.ir.regions import Regions, find_regions
-from ffjax.ir.spec import MeshShape
+from ffjax.ir.spec import CountedCollective, MeshShape
 from ffjax.planner import trace_step
 from ffjax.strategies.candidates import candidates
 from ffjax.strategies.families import family_keys, members

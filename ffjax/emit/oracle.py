@@ -19,9 +19,9 @@ from jax.extend.mlir import ir, passmanager
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import mlir as jax_mlir
 
-from ffjax.emit.hlo import CountedCollective, axes_of_groups, axes_of_pairs
+from ffjax.ir.device_groups import axes_of_groups, axes_of_pairs
 from ffjax.ir.reshard import Part, moved_axes
-from ffjax.ir.spec import Collective, CollectiveKind, MeshShape
+from ffjax.ir.spec import Collective, CollectiveKind, CountedCollective, MeshShape
 
 PROPAGATE = (
     "builtin.module(sdy-propagation-pipeline,"

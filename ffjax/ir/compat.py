@@ -98,3 +98,13 @@ _PARTITIONABLE = "jax_threefry_partitionable"
 def threefry_is_partitionable() -> bool:
     """Whether random bits are functions of the key and their own index, so that any piece can be made in place."""
     return bool(getattr(jax.config, _PARTITIONABLE))
+
+
+def hlo_text(proto: bytes) -> str | None:
+    """The text of a serialized `HloModuleProto`; None where this jaxlib cannot read one. Raises what jaxlib raises."""
+    from jax._src.lib import xla_client  # type: ignore[attr-defined]
+
+    homes = (getattr(xla_client, "hlo", None), getattr(xla_client, "_xla", None))  # newer jaxlib, older jaxlib
+    parsers = [getattr(getattr(h, "HloModule", None), "from_serialized_hlo_module_proto", None) for h in homes]
+    parse = next((p for p in parsers if p is not None), None)
+    return None if parse is None else str(parse(proto).to_string())

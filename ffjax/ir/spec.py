@@ -64,6 +64,39 @@ class Collective:
     bytes: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountedCollective:
+    """A collective, how many times one run of the program does it, and the line that asks for it.
+
+    `user` marks the ones that the program itself spells out, inside `shard_map`; `op_name` is the path of names by
+    which JAX calls the op, where it is known.
+    """
+
+    collective: Collective
+    count: float
+    source: str
+    user: bool = False
+    op_name: str = ""
+
+    @property
+    def total_bytes(self) -> float:
+        return self.count * self.collective.bytes
+
+
+def summarize(collectives: Iterable[CountedCollective]) -> dict[CollectiveKind, tuple[float, float]]:
+    """For each kind: how many run, and their bytes together.
+
+    >>> one = Collective(kind="all_gather", axes=("x",), bytes=64.0)
+    >>> summarize([CountedCollective(collective=one, count=3.0, source="")])
+    {'all_gather': (3.0, 192.0)}
+    """
+    totals: dict[CollectiveKind, tuple[float, float]] = {}
+    for c in collectives:
+        count, size = totals.get(c.collective.kind, (0.0, 0.0))
+        totals[c.collective.kind] = (count + c.count, size + c.total_bytes)
+    return totals
+
+
 def replicated(rank: int) -> Spec:
     return ((),) * rank
 
