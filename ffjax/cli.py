@@ -145,7 +145,7 @@ def verify(ctx: click.Context, asked: Question, strategy: str, file: str | None)
             )
         tell("compiles", 1.0)
         checked = verifying.verify(found, asked.cluster)
-    click.echo(verifying.text(checked), nl=False)
+    click.echo(str(checked))
     ctx.exit(0 if checked.fits else 1)
 
 

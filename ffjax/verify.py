@@ -13,22 +13,13 @@ from dataclasses import dataclass
 import jax
 
 from ffjax.cost.cluster import Cluster
-from ffjax.emit.hlo import collectives_of, peak_bytes, summarize
+from ffjax.cost.hlo_collectives import peak_bytes
+from ffjax.cost.hlo_compare import Report, planned_collectives, unplanned
+from ffjax.cost.hlo_simulator import simulate_hlo
+from ffjax.cost.hlo_source import read_module
 from ffjax.errors import ClusterError
 from ffjax.explain import bytes_text, seconds_text
-from ffjax.ir.spec import COLLECTIVE_KINDS
 from ffjax.plan import Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComparedCollectives:
-    """All collectives of one kind in a step: how many, and their bytes, as `ffjax.ir.spec.Collective` counts them."""
-
-    kind: str
-    planned: float
-    planned_bytes: float
-    compiled: float
-    compiled_bytes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +30,7 @@ class Verification:
     mesh: str
     device: str
     """The kind of device that it was compiled for."""
-    collectives: tuple[ComparedCollectives, ...]
+    collectives: Report
     planned_peak_bytes: float
     compiled_peak_bytes: float
     budget_bytes: float
@@ -52,6 +43,22 @@ class Verification:
     def fits(self) -> bool:
         """Whether the compiled program is within the plan's budget."""
         return self.compiled_peak_bytes <= self.budget_bytes
+
+    def __str__(self) -> str:
+        rows = [
+            ("step", seconds_text(self.planned_step_s), seconds_text(self.compiled_step_s)),
+            ("peak per device", bytes_text(self.planned_peak_bytes), bytes_text(self.compiled_peak_bytes)),
+        ]
+        return "\n".join(
+            [
+                f"mesh {self.mesh}, strategy {self.strategy}, compiled for {self.device} in {self.compile_s:.1f}s",
+                f"{'':<32}{'planned':>14}{'compiled':>14}",
+                *(f"{what:<32}{planned:>14}{compiled:>14}" for what, planned, compiled in rows),
+                f"{'fits' if self.fits else 'does not fit'} into {bytes_text(self.budget_bytes)}",
+                "",
+                str(self.collectives),
+            ]
+        )
 
 
 def verify(plan: Plan, cluster: Cluster, devices: Sequence[jax.Device] | None = None) -> Verification:
@@ -67,58 +74,24 @@ def verify(plan: Plan, cluster: Cluster, devices: Sequence[jax.Device] | None = 
       ClusterError: where there are no devices to compile for.
     """
     devices = devices_for(cluster) if devices is None else devices
+    layout = plan.bound
     lowered = plan.lower(devices)
     began = time.perf_counter()
     compiled = lowered.compile()
     compile_s = time.perf_counter() - began
-    made = summarize(collectives_of(compiled, plan.mesh))
-    planned: dict[str, tuple[float, float]] = {}
-    for total in plan.estimate.collectives:
-        # Where the compiler forms no reduce-scatter it leaves an all-reduce and a slice.
-        kind = "all_reduce" if total.kind == "reduce_scatter" and not cluster.reduce_scatter else total.kind
-        count, size = planned.get(kind, (0.0, 0.0))
-        planned[kind] = (count + total.count, size + total.bytes)
+    module = read_module(compiled)
     return Verification(
         strategy=plan.strategy,
         mesh=str(plan.mesh),
         device=devices[0].device_kind,
-        collectives=tuple(
-            ComparedCollectives(
-                kind=kind,
-                planned=planned.get(kind, (0.0, 0.0))[0],
-                planned_bytes=planned.get(kind, (0.0, 0.0))[1],
-                compiled=made.get(kind, (0.0, 0.0))[0],
-                compiled_bytes=made.get(kind, (0.0, 0.0))[1],
-            )
-            for kind in COLLECTIVE_KINDS
-            if kind in planned or kind in made
-        ),
+        collectives=unplanned(planned_collectives(layout), module, layout.mesh, reduce_scatter=cluster.reduce_scatter),
         planned_peak_bytes=plan.estimate.peak_bytes,
         compiled_peak_bytes=float(peak_bytes(compiled)),
         budget_bytes=plan.budget_bytes,
         planned_step_s=plan.estimate.step_s,
-        compiled_step_s=plan.estimate.step_s,
+        compiled_step_s=simulate_hlo(module, cluster, layout.mesh).step_s,
         compile_s=compile_s,
     )
-
-
-def text(checked: Verification) -> str:
-    """The comparison as a person reads it."""
-    lines = [
-        f"mesh {checked.mesh}, strategy {checked.strategy}, compiled for {checked.device} in {checked.compile_s:.1f}s",
-        f"  {'':24}{'predicted':>14}{'compiled':>14}",
-    ]
-    rows = [
-        ("step", seconds_text(checked.planned_step_s), seconds_text(checked.compiled_step_s)),
-        ("peak per device", bytes_text(checked.planned_peak_bytes), bytes_text(checked.compiled_peak_bytes)),
-    ]
-    for c in checked.collectives:
-        rows.append((f"{c.kind}, count", f"{c.planned:g}", f"{c.compiled:g}"))
-        rows.append((f"{c.kind}, bytes", bytes_text(c.planned_bytes), bytes_text(c.compiled_bytes)))
-    lines += [f"  {what:24}{predicted:>14}{compiled:>14}" for what, predicted, compiled in rows]
-    verdict = "fits" if checked.fits else "does not fit"
-    lines.append(f"  {verdict} into {bytes_text(checked.budget_bytes)}")
-    return "\n".join(lines) + "\n"
 
 
 def devices_for(cluster: Cluster) -> tuple[jax.Device, ...]:

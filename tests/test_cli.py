@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -240,6 +241,22 @@ def test_errors_quote_the_input_and_say_what_to_do(run: Ffjax, arguments: str) -
     assert done.exit_code == 2, done.output
     assert PLAN_ERRORS[arguments] in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_verify_compiles_a_plan(run: Ffjax) -> None:
+    done = run("verify", "plain.py:train_step", "--cluster", "cpu", "--strategy", "fsdp", "--donate", "0")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"peak per device +\d", done.stdout), done.stdout
+    assert re.search(r"all_gather over x .* 1\.000", done.stdout), done.stdout
+    assert run("plan", "plain.py:train_step", "--cluster", "cpu", "--memory", "1GiB", "--out", "a.json").exit_code == 0
+    done = run("verify", "plain.py:train_step", "--cluster", "cpu", "--plan", "a.json")
+    assert "fits into 1 GiB" in done.stdout, done.output
+
+
+def test_plan_can_settle_by_compiling(run: Ffjax) -> None:
+    done = run("plan", "plain.py:train_step", "--cluster", "cpu", "--verify")
+    assert done.exit_code == 0, done.output
+    assert "compiled before deciding" in done.stdout
 
 
 def test_explain_and_diff_read_saved_plans(run: Ffjax) -> None:

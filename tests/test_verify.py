@@ -13,8 +13,9 @@ import pytest
 import ffjax
 from ffjax import finalists
 from ffjax.cost.cluster import Cluster
+from ffjax.cost.hlo_compare import Report
 from ffjax.errors import BudgetError, ClusterError, PlanError
-from ffjax.verify import Verification, devices_for, text, verify
+from ffjax.verify import Verification, devices_for, verify
 
 CPU = Cluster.named("cpu")
 
@@ -36,15 +37,14 @@ def arguments(batch: int = 64) -> tuple[Any, Any]:
 def test_what_was_planned_is_what_was_compiled(strategy: str) -> None:
     plan = ffjax.plan(step, *arguments(), cluster=CPU, mesh={"x": 8}, strategy=strategy, donate_argnums=0)
     checked = verify(plan, CPU)
-    assert checked.collectives
-    for compared in checked.collectives:
-        assert compared.planned_bytes == pytest.approx(compared.compiled_bytes), compared
+    assert checked.collectives.comparisons
+    assert checked.collectives.agrees, str(checked)
     assert checked.planned_peak_bytes == plan.estimate.peak_bytes
     assert 0.5 < checked.compiled_peak_bytes / plan.estimate.peak_bytes < 2
     assert checked.compiled_step_s > 0
     assert checked.fits
-    assert "all_reduce, bytes" in text(checked)
-    assert "fits into 14.9 GiB" in text(checked) or "fits into 16 GiB" in text(checked)
+    assert "all_reduce over x" in str(checked)
+    assert "fits into 16 GiB" in str(checked)
 
 
 def test_devices_to_compile_for() -> None:
@@ -73,7 +73,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[Compiled], None]:
                 strategy=plan.strategy,
                 mesh=str(plan.mesh),
                 device="none",
-                collectives=(),
+                collectives=Report(comparisons=(), exchanged=(), rematerialized=()),
                 planned_peak_bytes=plan.estimate.peak_bytes,
                 compiled_peak_bytes=peak_bytes,
                 budget_bytes=plan.budget_bytes,
