@@ -21,7 +21,7 @@ import numpy as np
 
 from ffjax.cost.streams import Event, Inside, Issue, Run, Wait
 from ffjax.cost.task_costs import Copy, Hop
-from ffjax.cost.task_graph import AFTER, BEFORE, DURING, START, Block, Point, Read, Sum
+from ffjax.cost.task_graph import AFTER, BEFORE, DURING, START, Block, Point, Read, Sum, TaskGraph
 
 AHEAD = 2.0
 SEGMENT = 32
@@ -35,12 +35,13 @@ class Schedule:
     `dirty`: the segments whose events may have changed since it was emptied.
     """
 
-    def __init__(self, block: Block, reads: Sequence[Read], op_of: Sequence[int], wait_at: Mapping[Point, int]) -> None:
+    def __init__(self, block: Block, reads: Sequence[Read], op_of: Sequence[int], tasks: TaskGraph) -> None:
         steps = block.steps
+        self._runs, self._op_of, self._step_of = block.runs, op_of, tasks.step_of
         self.segments = [steps[i : i + SEGMENT] for i in range(0, len(steps), SEGMENT)] or [[]]
         self.inner = block.inner
         self._bounds = [START, *(s[0] for s in self.segments[1:])]
-        self._wait_at = wait_at
+        self._wait_at = tasks.wait_at
         self._issued: list[dict[Point, tuple[int, Issue]]] = [{} for _ in self.segments]
         self._waits: dict[int, dict[Point, None]] = {}
         self._moved: dict[int, int] = {}
@@ -171,7 +172,7 @@ class Schedule:
 
     def touch(self, op: int) -> None:
         """Another time for an op's kernel: what plays it is to be played again."""
-        self.dirty.add(self.segment_of(self._moved.get(op, 3 * op)))
+        self.dirty.add(self.segment_of(self._moved.get(op, 3 * self._step_of[op])))
 
     # -- events
 
@@ -198,9 +199,16 @@ class Schedule:
                 found.append(self._issued[segment][point][1])
 
         for op in self.segments[segment]:
+            runs, waits = self._runs.get(op, ()), self._waits.get(op)
+            deferred = runs[:-1] if runs and runs[-1] == op else runs
+            if deferred:
+                # What is copied for this op may be made by these.
+                if waits and (theirs := tuple(p for p in waits if p < 0 or self._op_of[p] != op)):
+                    flush()
+                    found.append(Wait(theirs))
+                ops.extend(deferred)
             if at < len(issues):
                 issue(3 * op + BEFORE)
-            waits = self._waits.get(op)
             if waits:
                 flush()
                 found.append(Wait(tuple(waits)))
@@ -209,7 +217,7 @@ class Schedule:
             if op in self.inner:
                 flush()
                 found.append(inside[op])
-            elif op not in self._moved:
+            elif len(deferred) < len(runs) and op not in self._moved:
                 ops.append(op)
         issue(3 * (2**62))
         flush()

@@ -107,7 +107,7 @@ class Simulator:
         self._copies: list[tuple[Copy, ...]] = [()] * len(self.tasks.reads)
         self._sums: list[tuple[Hop, ...]] = [()] * len(self.tasks.sums)
         self.schedules = {
-            scope: Schedule(block, self._reads_in[scope], self._op_of, self.tasks.wait_at)
+            scope: Schedule(block, self._reads_in[scope], self._op_of, self.tasks)
             for scope, block in self.tasks.blocks.items()
         }
         start = idle(len(self.model.cluster.links))
@@ -147,6 +147,16 @@ class Simulator:
         from ffjax.cost.intervals import timeline_of
 
         return timeline_of(self, memory)
+
+    @property
+    def totals(self) -> tuple[int, int, int]:
+        """Ticks of the step, of its kernels, of its collectives."""
+        return self._played[0].totals
+
+    @property
+    def ticks(self) -> Sequence[int]:
+        """For each op those of its kernel."""
+        return self._ticks
 
     def log(self, scope: int) -> tuple[list[Entry], int]:
         """The tasks of one block and the ticks that it takes."""
@@ -188,7 +198,7 @@ class Simulator:
         # Inner blocks come after those around them.
         for scope in reversed(self.schedules):
             self._play(scope)
-        ticks, compute, comm = self._played[0].totals
+        ticks, compute, comm = self.totals
         return Simulated(
             step_s=ticks / TICKS_PER_S,
             compute_s=compute / TICKS_PER_S,

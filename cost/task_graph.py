@@ -3,7 +3,12 @@
 A *block* is what runs from top to bottom: the step itself, the body of a loop, a branch. Its steps are kernels, and
 inner blocks. Under some plan a *read* of a value may take a copy in another sharding, and an op that reduces may leave
 partial sums to be summed: these are the collectives. What is fused or free has no kernel and passes on what it waits
-for: `wait_at` is for each collective the first kernel that needs it, which suffices, as kernels run one after another.
+for: `wait_at` is for each collective the first step that needs it, which suffices, as steps run one after another.
+
+Steps are in the order of the program but for elementwise kernels, which would hold up others there, and which the
+compiler is free to move: one that reads sums is *deferred* to the first step that needs its result (a gradient that is
+transposed is waited for by the optimizer, not by the rest of the backward pass), and one that makes a value to be copied
+from what the block begins with may be moved ahead with the copy (`Read.prepared`).
 
 Positions are `3 * op + phase`: before an op waits (0), while its kernel runs (1), after it (2); `START` is before all.
 """
@@ -39,11 +44,14 @@ class Inner:
 
 @dataclass(slots=True, kw_only=True)
 class Block:
-    """`steps`: ops with a kernel and positions of inner blocks, in order. `ports`: where copies may be read."""
+    """`steps`: ops where kernels run and positions of inner blocks, in order. `ports`: where copies may be read."""
 
     scope: int
     first: int
+    last: int = 0
     steps: list[int] = field(default_factory=list)
+    runs: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """For each step that is no inner block the ops whose kernels run there: those deferred to it, then its own."""
     inner: dict[int, Inner] = field(default_factory=dict)
     ports: list[int] = field(default_factory=list)
 
@@ -88,6 +96,8 @@ class TaskGraph:
     reads: list[Read]
     sums: list[Sum]
     wait_at: dict[Point, int]
+    step_of: dict[int, int]
+    """For each op with a kernel the step at which it runs."""
     block_of: list[int]
     """For each scope the block that it is part of: a rematerialised body is part of the block around it."""
 
@@ -106,20 +116,18 @@ def build_task_graph(regions: Regions, kernels: Sequence[Kernel]) -> TaskGraph:
     block_of: list[int] = []
     for scope in graph.scopes:
         block_of.append(block_of[scope.parent] if scope.kind == "remat" else scope.id)
-    blocks = _blocks(graph, block_of, {k.op for k in kernels})
+    blocks = _blocks(graph, block_of)
     port_of = {(edge.op, edge.operand): port for port, edge in enumerate(regions.edges)}
     for port, edge in enumerate(regions.edges):
         blocks[block_of[graph.ops[edge.op].scope]].ports.append(port)
     return _Walk(regions, blocks, block_of, port_of, {k.op for k in kernels}).run()
 
 
-def _blocks(graph: Graph, block_of: list[int], kernel_ops: set[int]) -> dict[int, Block]:
+def _blocks(graph: Graph, block_of: list[int]) -> dict[int, Block]:
     blocks = {0: Block(scope=0, first=0)}
     for op in graph.ops:
         scope = block_of[op.scope]
-        block = blocks.setdefault(scope, Block(scope=scope, first=op.id))
-        if op.id in kernel_ops:
-            block.steps.append(op.id)
+        blocks.setdefault(scope, Block(scope=scope, first=op.id)).last = op.id
     for scopes in graph.scopes_of.values():
         groups = [tuple(scopes)] if graph.scopes[scopes[0]].kind == "cond" else [(s,) for s in scopes]
         for bodies in groups:
@@ -134,9 +142,6 @@ def _blocks(graph: Graph, block_of: list[int], kernel_ops: set[int]) -> dict[int
             )
             around = blocks[block_of[outer.id]]
             around.inner[inner.position] = inner
-            around.steps.append(inner.position)
-    for block in blocks.values():
-        block.steps.sort()
     return dict(sorted(blocks.items()))
 
 
@@ -155,6 +160,9 @@ class _Walk:
         self.blocks, self.block_of = blocks, block_of
         self.port_of, self.kernel_ops = port_of, kernel_ops
         self.carried: list[tuple[Point, ...]] = [()] * len(self.graph.values)
+        self.owed: list[tuple[int, ...]] = [()] * len(self.graph.values)
+        """For each value the deferred kernels that it comes from, whether they have run by now or not."""
+        self.step_of: dict[int, int] = {}
         self.leads: dict[int, _Lead] = {}
         self.wait_at: dict[Point, int] = {}
         self.taken: set[int] = set()
@@ -167,10 +175,7 @@ class _Walk:
                 if value != NO_VALUE:
                     readers.setdefault(value, []).append((op.id, index))
         for op in self.graph.ops:
-            waits = self.waits(op)
-            if op.id in self.kernel_ops:
-                self.wait_at.update(dict.fromkeys(waits, op.id))
-                waits = ()
+            waits, owed = self.steps(op)
             if self.regions.ports[op.id].reduced:
                 reads = tuple((i, *r) for i, v in enumerate(op.results) for r in readers.get(v, ()))
                 of = (op.id, *(reader for _, reader, _ in reads))
@@ -186,30 +191,63 @@ class _Walk:
                 waits = (*waits, ~op.id)
             lead = self.lead(op)
             for value in op.results:
-                self.carried[value] = waits
+                self.carried[value], self.owed[value] = waits, owed
                 if lead is not None:
                     self.leads[value] = lead
+        for op in self.kernel_ops - self.step_of.keys():
+            # Nobody reads it.
+            self.step_of[op] = self.blocks[self.block_of[self.graph.ops[op].scope]].last
+        for op, step in sorted(self.step_of.items()):
+            block = self.blocks[self.block_of[self.graph.ops[op].scope]]
+            block.runs[step] = (*block.runs.get(step, ()), op)
+        for block in self.blocks.values():
+            block.steps = sorted({*block.runs, *block.inner})
         return TaskGraph(
-            blocks=self.blocks, reads=self.reads(), sums=sums, wait_at=self.wait_at, block_of=self.block_of
+            blocks=self.blocks,
+            reads=self.reads(),
+            sums=sums,
+            wait_at=self.wait_at,
+            step_of=self.step_of,
+            block_of=self.block_of,
         )
+
+    def steps(self, op: Op) -> tuple[tuple[Point, ...], tuple[int, ...]]:
+        """Makes an op a step if it is one; what its results wait for, and the deferred kernels that they come from."""
+        block, ports = self.block_of[op.scope], self.regions.ports[op.id]
+        waits, owed, first = dict[Point, None](), dict[int, None](), False
+        for index, value in enumerate(op.operands):
+            if value == NO_VALUE:
+                continue
+            before: tuple[int, ...] = ()
+            if self.block_of[self.graph.ops[self.graph.values[value].producer].scope] == block:
+                waits.update(dict.fromkeys(self.carried[value]))
+                before = tuple(k for k in self.owed[value] if k not in self.step_of)
+                owed.update(dict.fromkeys(before))
+            if (port := self.port_of.get((op.id, index))) is not None:
+                waits[port] = None
+                # What may be copied here must have been made.
+                first = first or bool(before)
+        points = tuple(p for p in waits if p not in self.wait_at)
+        first = first or bool(ports.reduced) or self.leaves(op)
+        if op.id in self.kernel_ops:
+            if fusible(op) and not first and (owed or any(p < 0 for p in points)):
+                return points, (*owed, op.id)
+        elif not (owed and first):
+            return points, tuple(owed)
+        for kernel in (*owed, op.id) if op.id in self.kernel_ops else owed:
+            self.step_of[kernel] = op.id
+        self.wait_at.update(dict.fromkeys(points, op.id))
+        return (), ()
+
+    def leaves(self, op: Op) -> bool:
+        """Whether an op takes its operand out of a block: into a loop, out of a body, or out of the step."""
+        scopes = {self.block_of[self.graph.values[v].scope] for v in op.results}
+        return op.kind in ("enter", "exit", "result") and scopes != {self.block_of[op.scope]}
 
     def outside(self, value: int, block: int) -> bool:
         """Whether a value is there when a block begins."""
         producer = self.graph.ops[self.graph.values[value].producer]
         return producer.kind == "argument" or producer.id < self.blocks[block].first
-
-    def waits(self, op: Op) -> tuple[Point, ...]:
-        """What an op's operands wait for that no kernel before it has waited for."""
-        block, found = self.block_of[op.scope], dict[Point, None]()
-        for index, value in enumerate(op.operands):
-            if value == NO_VALUE:
-                continue
-            if self.block_of[self.graph.ops[self.graph.values[value].producer].scope] == block:
-                found.update(dict.fromkeys(self.carried[value]))
-            port = self.port_of.get((op.id, index))
-            if port is not None:
-                found[port] = None
-        return tuple(p for p in found if p not in self.wait_at)
 
     def lead(self, op: Op) -> _Lead | None:
         """How an op's results come from what its block begins with, if only fused ops lie between."""
@@ -249,7 +287,7 @@ class _Walk:
             regions=(edges[ports[0]].source, *(edges[p].target for p in ports)),
             upstream=self.carried[value] if self.block_of[producer.scope] == block else (),
             early=START,
-            late=3 * producer.id + AFTER,
+            late=3 * max([producer.id, *(self.step_of[k] for k in self.owed[value])]) + AFTER,
         )
         if self.outside(value, block):
             read.late, read.upstream = START, ()

@@ -1,0 +1,1 @@
+def to_html(t): return ""
