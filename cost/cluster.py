@@ -175,8 +175,8 @@ class Cluster:
         names = [link.name for link in self.links]
         if len(set(names)) < len(names) or COMPUTE in names:
             raise ClusterError(
-                f"the links are named {', '.join(map(repr, names))}; give each a name of its own, other than {COMPUTE!r}: "
-                "timelines have a stream for each"
+                f"the links are named {', '.join(map(repr, names))}; give each a name of its own, and none the name "
+                f"{COMPUTE!r}: a timeline has a stream for each"
             )
         if self.hosts > 1 and len(self.links) < 2:
             raise ClusterError(
@@ -333,7 +333,9 @@ def _read(file: Traversable | Path, folder: Traversable | Path, label: str) -> C
             links=tuple(_link(link) for link in links),
             reduce_scatter=fields.flag("reduce_scatter") if fields.has("reduce_scatter") else platform != "cpu",
             target_config=target_config,
-            async_collectives=fields.flag("async_collectives") if fields.has("async_collectives") else platform != "cpu",
+            async_collectives=fields.flag("async_collectives")
+            if fields.has("async_collectives")
+            else platform != "cpu",
         )
     except ClusterError as e:
         raise (e if str(e).startswith(label) else ClusterError(f"{label}: {e}")) from e.__cause__

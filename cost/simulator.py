@@ -1,18 +1,18 @@
 """The execution simulator: when everything in a step happens, on one device, under a plan.
 
-A compute stream and one stream for each link level, tasks in the order of the program (`task_graph`), collectives issued
-as early as `schedule` lets them, streams as `streams` describes them. Overlap is what comes of it:
+A compute stream and one stream for each link level; tasks in the order of the program (`task_graph`); collectives
+issued as early as `schedule` lets them; streams that work as `streams` says. Overlap is what comes of it:
 
     step_s = compute_s + exposed_comm_s,    exposed_comm_s = seconds in which kernels wait for collectives
 
-A loop's body is simulated once and stands for all trips; of a conditional's branches the costliest counts. Where nothing
-can overlap, `step_s` is that of `estimate`, but for what it counts of the other branches.
+A loop's body is simulated once and stands for all trips; of a conditional's branches the costliest counts. Where
+nothing can overlap, `step_s` is that of `estimate`, but for what it counts of the other branches.
 
-When assignments change, only what the change reaches is simulated again (the delta simulation of FlexFlow: Jia, Zaharia,
-Aiken, "Beyond Data and Model Parallelism for Deep Neural Networks", MLSys 2019, section 5.3): costs of the regions that
-changed and of what they read and feed; schedules of their blocks; from the first segment that differs on, as long as
-what is under way at a segment's border differs from what it was. Times are whole numbers relative to that border, so
-that this is not an approximation.
+When assignments change, only what the change reaches is simulated again (the delta simulation of FlexFlow: Jia,
+Zaharia, Aiken, "Beyond Data and Model Parallelism for Deep Neural Networks", MLSys 2019, section 5.3): costs of the
+regions that changed and of what they read and feed; schedules of their blocks; and segments from the first that differs
+on, as long as what is under way at a segment's border differs from what it was. Times are whole numbers relative to
+that border, so the answer is exactly that of simulating everything.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Simulator:
     def run(self, assignments: Sequence[Assignment]) -> Simulated:
         """Simulates a plan from the beginning: one assignment for each region."""
         if len(assignments) != len(self.regions.regions):
-            raise ValueError(f"{len(assignments)} assignments for {len(self.regions.regions)} regions; give one for each")
+            raise ValueError(
+                f"{len(assignments)} assignments for {len(self.regions.regions)} regions; give one for each"
+            )
         self.assignments = list(assignments)
         self._numbers = [self._costs.number(a) for a in assignments]
         self._ticks = [0] * len(self.regions.graph.ops)

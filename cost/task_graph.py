@@ -6,9 +6,9 @@ partial sums to be summed: these are the collectives. What is fused or free has 
 for: `wait_at` is for each collective the first step that needs it, which suffices, as steps run one after another.
 
 Steps are in the order of the program but for elementwise kernels, which would hold up others there, and which the
-compiler is free to move: one that reads sums is *deferred* to the first step that needs its result (a gradient that is
-transposed is waited for by the optimizer, not by the rest of the backward pass), and one that makes a value to be copied
-from what the block begins with may be moved ahead with the copy (`Read.prepared`).
+compiler is free to move: one that reads sums is *deferred* to the first step that needs its result (a gradient that
+is transposed is waited for by the optimizer, not by the rest of the backward pass), and one that makes a value to be
+copied from what the block begins with may be moved ahead with the copy (`Read.prepared`).
 
 Positions are `3 * op + phase`: before an op waits (0), while its kernel runs (1), after it (2); `START` is before all.
 """
@@ -194,12 +194,10 @@ class _Walk:
                 self.carried[value], self.owed[value] = waits, owed
                 if lead is not None:
                     self.leads[value] = lead
-        for op in self.kernel_ops - self.step_of.keys():
-            # Nobody reads it.
-            self.step_of[op] = self.blocks[self.block_of[self.graph.ops[op].scope]].last
-        for op, step in sorted(self.step_of.items()):
-            block = self.blocks[self.block_of[self.graph.ops[op].scope]]
-            block.runs[step] = (*block.runs.get(step, ()), op)
+        for kernel in sorted(self.kernel_ops):
+            block = self.blocks[self.block_of[self.graph.ops[kernel].scope]]
+            step = self.step_of.setdefault(kernel, block.last)  # what nobody reads runs at the end
+            block.runs[step] = (*block.runs.get(step, ()), kernel)
         for block in self.blocks.values():
             block.steps = sorted({*block.runs, *block.inner})
         return TaskGraph(

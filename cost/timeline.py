@@ -109,20 +109,25 @@ class Timeline:
 
         Raises FfjaxError for another suffix, and where the file cannot be written.
         """
-        from ffjax.cost.timeline_html import to_html
-        from ffjax.cost.timeline_json import to_json
-
-        formats: dict[str, Callable[[Timeline], str]] = {".json": to_json, ".html": to_html}
-        target = Path(path)
-        write = formats.get(target.suffix.lower())
-        if write is None:
-            raise FfjaxError(
-                f"{os.fspath(path)!r}: a timeline is saved as {' or '.join(formats)}. Remedy: trace.json for "
-                "https://ui.perfetto.dev, report.html for a report."
-            )
+        write = writer(path)
         try:
-            target.write_text(write(self), encoding="utf-8")
+            Path(path).write_text(write(self), encoding="utf-8")
         except OSError as error:
             raise FfjaxError(
                 f"cannot write {os.fspath(path)!r}: {error.strerror}. Remedy: a path in a folder that is there."
             ) from error
+
+
+def writer(path: str | os.PathLike[str]) -> Callable[[Timeline], str]:
+    """What makes the text of a file with this suffix; raises FfjaxError for another suffix than .json and .html."""
+    from ffjax.cost.timeline_html import to_html
+    from ffjax.cost.timeline_json import to_json
+
+    formats: dict[str, Callable[[Timeline], str]] = {".json": to_json, ".html": to_html}
+    found = formats.get(Path(path).suffix.lower())
+    if found is None:
+        raise FfjaxError(
+            f"{os.fspath(path)!r}: a timeline is saved as {' or '.join(formats)}. Remedy: trace.json for "
+            "https://ui.perfetto.dev, report.html for a report."
+        )
+    return found
