@@ -249,7 +249,7 @@ class _Walk:
 
     def lead(self, op: Op) -> _Lead | None:
         """How an op's results come from what its block begins with, if only fused ops lie between."""
-        if not (fusible(op) or op.kind in ("enter", "exit")) or self.regions.ports[op.id].reduced:
+        if not (fusible(op) or op.kind in ("enter", "exit")) or self.regions.ports[op.id].reduced or self.leaves(op):
             return None
         prepared, chain = dict[int, None](), dict[int, None]()
         for index, value in enumerate(op.operands):

@@ -256,7 +256,7 @@ def simulate_plan(plan: Plan, cluster: Cluster | None = None) -> Timeline:
     if not np.allclose(model.axis_prices, plan.axis_prices, rtol=1e-6):
         raise PlanError(
             f"the plan of {plan.program!r} was made for other links than those of {cluster.name!r} with "
-            f"{cluster.hosts} x {cluster.devices_per_host} devices. Remedy: plan.simulate(cluster=...) with the cluster "
+            f"{cluster.hosts} x {cluster.devices_per_host} devices. Remedy: plan.simulate(cluster=...) with the one "
             "that it was planned for."
         )
     regions = layout.regions
