@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 import numpy as np
 
 from ffjax.cost.meshes import AxisGroup, axis_group, candidate_meshes
+from ffjax.cost.timeline import COMPUTE
 from ffjax.cost.toml_fields import Fields, did_you_mean
 from ffjax.errors import ClusterError
 from ffjax.ir.spec import MeshShape
@@ -43,6 +44,7 @@ _EXAMPLES = {
     "hosts": "hosts = 8",
     "devices_per_host": "devices_per_host = 8",
     "reduce_scatter": "reduce_scatter = true",
+    "async_collectives": "async_collectives = true",
     "target_config": 'target_config = "h100.txtpb"',
     "device": "a [device] table",
     "links": "a [[links]] table for the link inside a host, then one for the network across hosts",
@@ -159,6 +161,7 @@ class Cluster:
     links: tuple[Link, ...]  # inside a host, then across hosts
     reduce_scatter: bool  # whether the platform's compiler makes reduce-scatters out of all-reduce + slice
     target_config: str | None = None  # text proto that XLA compiles for without a device
+    async_collectives: bool = False  # whether collectives run beside kernels, or hold them up
 
     def __post_init__(self) -> None:
         for name in ("hosts", "devices_per_host"):
@@ -168,6 +171,12 @@ class Cluster:
         if not 1 <= len(self.links) <= 2:
             raise ClusterError(
                 f"{len(self.links)} links; give one inside a host and, for several hosts, one across, inner first"
+            )
+        names = [link.name for link in self.links]
+        if len(set(names)) < len(names) or COMPUTE in names:
+            raise ClusterError(
+                f"the links are named {', '.join(map(repr, names))}; give each a name of its own, and none the name "
+                f"{COMPUTE!r}: a timeline has a stream for each"
             )
         if self.hosts > 1 and len(self.links) < 2:
             raise ClusterError(
@@ -324,6 +333,9 @@ def _read(file: Traversable | Path, folder: Traversable | Path, label: str) -> C
             links=tuple(_link(link) for link in links),
             reduce_scatter=fields.flag("reduce_scatter") if fields.has("reduce_scatter") else platform != "cpu",
             target_config=target_config,
+            async_collectives=fields.flag("async_collectives")
+            if fields.has("async_collectives")
+            else platform != "cpu",
         )
     except ClusterError as e:
         raise (e if str(e).startswith(label) else ClusterError(f"{label}: {e}")) from e.__cause__

@@ -9,6 +9,8 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.memory import Peak
 from ffjax.cost.region_costs import Splits, compute_seconds
+from ffjax.cost.simulator import Simulated
+from ffjax.cost.timeline import Timeline
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import CollectiveKind
 
@@ -26,23 +28,34 @@ class CollectiveTotal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Predicted figures of one step on one device.
-
-    `step_s` is compute plus exposed communication. Nothing is taken to overlap: `exposed_comm_s` is all of `comm_s`.
-    """
+    """Predicted figures of one step on one device."""
 
     step_s: float
+    """Compute plus exposed communication."""
     compute_s: float
+    """Of all kernels."""
     comm_s: float
+    """Of all collectives, overlapped or not."""
     exposed_comm_s: float
+    """Communication that no kernel hides, as the simulator finds it; all of `comm_s` where it was not asked."""
     peak_bytes: float
     collectives: tuple[CollectiveTotal, ...]
     largest: tuple[tuple[str, float], ...] = ()
     """The largest arrays that are live at the peak, and their bytes."""
 
 
-def estimate(layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, peak: Peak) -> Estimate:
-    """Prices one layout: the search's own costs, for one choice."""
+def estimate(
+    layout: Layout,
+    kernels: Sequence[Kernel],
+    model: CollectiveModel,
+    peak: Peak,
+    simulated: Simulated | Timeline | None = None,
+) -> Estimate:
+    """Prices one layout: the search's own costs, for one choice.
+
+    With what the simulator says of that layout, its seconds are taken: overlap, and of a conditional's branches only
+    the costliest. Without, nothing is taken to overlap and all branches count.
+    """
     by_region: dict[int, list[Kernel]] = {}
     for kernel in kernels:
         by_region.setdefault(kernel.region, []).append(kernel)
@@ -58,10 +71,10 @@ def estimate(layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, 
         entry[2] += planned.count * model.seconds(planned.collective)
     comm_s = float(sum(entry[2] for entry in totals.values()))
     return Estimate(
-        step_s=compute_s + comm_s,
-        compute_s=compute_s,
-        comm_s=comm_s,
-        exposed_comm_s=comm_s,
+        step_s=compute_s + comm_s if simulated is None else simulated.step_s,
+        compute_s=compute_s if simulated is None else simulated.compute_s,
+        comm_s=comm_s if simulated is None else simulated.comm_s,
+        exposed_comm_s=comm_s if simulated is None else simulated.exposed_comm_s,
         peak_bytes=peak.bytes,
         collectives=tuple(
             CollectiveTotal(kind=kind, axes=axes, count=count, bytes=size, seconds=seconds)

@@ -13,7 +13,7 @@ whole step unless they are donated; a result that replaces a donated argument ta
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,8 @@ class Peak:
     op: int
     live: tuple[tuple[str, float], ...]
     """The largest arrays alive there: what they are, and their local bytes."""
+    over_time: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), compare=False, repr=False)
+    """The bytes that are live at each op, and at the step's end."""
 
 
 def lifetimes(graph: Graph) -> Lifetimes:
@@ -177,7 +179,7 @@ class MemoryModel:
         value, kinds = np.concatenate(values), np.concatenate(what)
         prefix = ("", "copy of ", "partial sums of ")
         named = tuple((prefix[kinds[i]] + describe(graph, int(value[i])), float(size[i])) for i in largest.tolist())
-        return Peak(bytes=float(live[at]), op=min(at, len(graph.ops) - 1), live=named)
+        return Peak(bytes=float(live[at]), op=min(at, len(graph.ops) - 1), live=named, over_time=live[:-1])
 
 
 class _Copies:

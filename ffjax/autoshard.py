@@ -21,10 +21,11 @@ from ffjax.cost.cluster import Cluster
 from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import device_mesh, jitted
 from ffjax.errors import ClusterError, FfjaxWarning, PlanError, TraceError
+from ffjax.fingerprint import program_fingerprint
 from ffjax.inputs import argnums, cluster_of
 from ffjax.ir.trace import Program, function_name
 from ffjax.plan import Plan
-from ffjax.planner import bind_program, plan_program, program_fingerprint, trace_call
+from ffjax.planner import bind_program, plan_program, trace_call
 from ffjax.strategies.search import AUTO, Progress
 
 

@@ -19,15 +19,18 @@ from ffjax import planner
 from ffjax import verify as verifying
 from ffjax.cli_options import Question, with_question
 from ffjax.cost.cluster import Cluster
+from ffjax.cost.timeline import writer
 from ffjax.demo import agree, report, run_demo, verdict
 from ffjax.errors import BudgetError, FfjaxError
-from ffjax.explain import bytes_text, seconds_text
+from ffjax.explain import bytes_text, seconds_text, short_source
 from ffjax.plan import Competitor, Plan
 from ffjax.strategies import all_strategies
 from ffjax.strategies.search import AUTO, MOST_AXES
 
 PLAIN_WIDTH = 160
 """Of tables that go to no terminal."""
+HEAVIEST = 12
+"""Entries of the critical path that are shown."""
 
 
 class _Failure(click.ClickException):
@@ -74,6 +77,23 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
+def _planned(
+    asked: Question, strategy: str, progress: Callable[[str, float], None], *, verify: str = planner.NEVER
+) -> Plan:
+    return planner.plan(
+        asked.target.step,
+        *asked.target.args,
+        cluster=asked.cluster,
+        memory=asked.memory,
+        strategy=strategy,
+        mesh=asked.mesh,
+        pins=asked.pins or None,
+        verify=verify,
+        donate_argnums=asked.donate,
+        progress=progress,
+    )
+
+
 # -- commands
 
 
@@ -93,18 +113,7 @@ def plan(asked: Question, strategy: str, out: str | None, verify: bool, details:
     ffjax plan examples/gpt.py:train_step --cluster h100 --hosts 8 --preset gpt3_6b7 --donate 0
     """
     with _progress() as tell:
-        found = planner.plan(
-            asked.target.step,
-            *asked.target.args,
-            cluster=asked.cluster,
-            memory=asked.memory,
-            strategy=strategy,
-            mesh=asked.mesh,
-            pins=asked.pins or None,
-            verify=planner.FINALISTS if verify else planner.NEVER,
-            donate_argnums=asked.donate,
-            progress=tell,
-        )
+        found = _planned(asked, strategy, tell, verify=planner.FINALISTS if verify else planner.NEVER)
     click.echo(found.explain(details=details), nl=False)
     if out is not None:
         try:
@@ -215,6 +224,41 @@ def compare(asked: Question) -> None:
 def _figures(plan: Plan) -> tuple[str, str, str, str]:
     e = plan.estimate
     return seconds_text(e.step_s), seconds_text(e.compute_s), seconds_text(e.exposed_comm_s), bytes_text(e.peak_bytes)
+
+
+@main.command()
+@with_question
+@click.option("--strategy", default=AUTO, show_default=True, help="auto, or a named strategy.")
+@click.option("--out", type=click.Path(dir_okay=False), help="trace.json (for ui.perfetto.dev) or report.html.")
+def simulate(asked: Question, strategy: str, out: str | None) -> None:
+    """Finds a plan and simulates a step of it on one device: which stream does what, what overlaps, and why it ends.
+
+    Takes what `ffjax plan` takes.
+    """
+    if out is not None:
+        writer(out)  # a wrong suffix is told before the search
+    with _progress() as tell:
+        found = _planned(asked, strategy, tell)
+    timeline = found.simulate()
+    console = _console()
+    console.print(
+        f"{found.program} on {found.devices} devices of {found.cluster!r}, mesh {found.mesh}: step "
+        f"{seconds_text(timeline.step_s)} = compute {seconds_text(timeline.compute_s)} + exposed communication "
+        f"{seconds_text(timeline.exposed_comm_s)}",
+        soft_wrap=True,
+    )
+    streams = Table("stream", "busy", "exposed")
+    for stream in timeline.streams:
+        streams.add_row(stream, seconds_text(timeline.busy_s(stream)), seconds_text(timeline.exposed_s(stream)))
+    console.print(streams)
+    path = Table("on the critical path", "count", "time", "of the step", "source")
+    for entry in timeline.critical_path()[:HEAVIEST]:
+        share = f"{entry.seconds / timeline.step_s:.1%}"
+        path.add_row(entry.name, f"{entry.count:g}", seconds_text(entry.seconds), share, short_source(entry.source))
+    console.print(path)
+    if out is not None:
+        timeline.save(out)
+        click.echo(f"\nwritten to {out}", err=True)
 
 
 @main.command()

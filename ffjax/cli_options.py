@@ -69,7 +69,7 @@ def _settings(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What `plan` and `compare` ask: a step, a cluster, and what is fixed."""
+    """What `plan`, `compare` and `simulate` ask: a step, a cluster, and what is fixed."""
 
     target: Target
     cluster: Cluster

@@ -39,7 +39,7 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     hot = sorted(plan.decisions, key=lambda d: -d.seconds)
     lines += table(
         [
-            (seconds_text(d.seconds), f"{d.members} x", _split(d), d.what, _short(d.where), _runner_up(d))
+            (seconds_text(d.seconds), f"{d.members} x", _split(d), d.what, short_source(d.where), _runner_up(d))
             for d in hot[:limit]
         ],
         empty="nothing",
@@ -47,7 +47,9 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     close = sorted((d for d in plan.decisions if d.runner_up), key=lambda d: d.runner_up_extra_s)
     if details:
         lines += ["", "closest calls"]
-        lines += table([(_split(d), d.what, _short(d.where), _runner_up(d)) for d in close[:MOST_LINES]], empty="none")
+        lines += table(
+            [(_split(d), d.what, short_source(d.where), _runner_up(d)) for d in close[:MOST_LINES]], empty="none"
+        )
     lines += ["", "largest arrays alive at the peak"]
     lines += table([(bytes_text(size), what) for what, size in figures.largest[:6]], empty="none")
     lines += ["", "the strategies, each on its best mesh"]
@@ -95,7 +97,7 @@ def diff(a: Plan, b: Plan) -> str:
         named = one or two
         assert named is not None  # the key is of one of them
         change(
-            f"{named.what} at {_short(named.where)} ({named.members} x)",
+            f"{named.what} at {short_source(named.where)} ({named.members} x)",
             "absent" if one is None else _split(one),
             "absent" if two is None else _split(two),
         )
@@ -133,7 +135,7 @@ def _runner_up(decision: Decision) -> str:
     return f"else {decision.runner_up}: +{seconds_text(decision.runner_up_extra_s)}"
 
 
-def _short(where: str) -> str:
+def short_source(where: str) -> str:
     """The last two parts of a source path; argument paths stay."""
     file, colon, line = where.rpartition(":")
     return "/".join(file.split("/")[-2:]) + colon + line if colon and line.isdigit() else where

@@ -19,7 +19,9 @@ from typing import Any, cast
 import jax
 from jax.sharding import PartitionSpec
 
+from ffjax.cost.cluster import Cluster
 from ffjax.cost.estimate import Estimate
+from ffjax.cost.timeline import Timeline
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import PlanError, PlanMismatch
 from ffjax.ir.assignment import UNUSED, Assignment
@@ -125,6 +127,8 @@ class Plan:
     search: SearchReport
     layout: Layout | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
     """The plan on its program; None for a loaded plan that is not bound yet."""
+    described: Cluster | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
+    """The cluster that it was planned for; None for a loaded plan, which knows its name only."""
 
     @property
     def mesh_shape(self) -> dict[str, int]:
@@ -186,6 +190,16 @@ class Plan:
         from ffjax.emit.run import lower
 
         return lower(self.bound, devices)
+
+    def simulate(self, cluster: Cluster | None = None) -> Timeline:
+        """Simulates a step on one device: every kernel and collective, what overlaps, and memory over time.
+
+        `cluster`: by default the one that the plan was made for; a loaded plan finds it if it is a shipped one.
+        Raises PlanError for a plan that is not bound, or whose cluster is not known or is another.
+        """
+        from ffjax.simulate import simulate_plan
+
+        return simulate_plan(self, cluster)
 
     def explain(self, details: bool = False) -> str:
         """Why: what is sharded how, what it costs, and what the runner-up would have cost."""

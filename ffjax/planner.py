@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,24 +11,22 @@ from jax.sharding import PartitionSpec
 
 from ffjax import nnx
 from ffjax.cost.cluster import Cluster, parse_bytes
-from ffjax.cost.collectives import CollectiveModel
-from ffjax.cost.estimate import estimate
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import PinError, PlanError, PlanMismatch
 from ffjax.finalists import settle
+from ffjax.fingerprint import fingerprint
 from ffjax.inputs import argnums, cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
 from ffjax.ir.assignment import UNUSED, Assignment
-from ffjax.ir.graph import Graph, Op, build_graph
+from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout
-from ffjax.ir.regions import Region, Regions, find_regions
-from ffjax.ir.rules import factor_name
-from ffjax.ir.spec import MeshShape, Spec, format_spec
+from ffjax.ir.regions import find_regions
+from ffjax.ir.spec import Spec, format_spec
 from ffjax.ir.trace import Program, trace
-from ffjax.pins import check_pins, entries, keep_pins, pin_marks
-from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
+from ffjax.pins import check_pins, keep_pins, pin_marks
+from ffjax.plan import Plan
+from ffjax.plan_report import plan_of, subject
 from ffjax.strategies.candidates import is_candidate
 from ffjax.strategies.families import family_keys, members
-from ffjax.strategies.runner_up import RunnerUp, runners_up
 from ffjax.strategies.search import AUTO, MOST_AXES, Found, Progress, SearchResult, search
 
 Pins = Mapping[str, PartitionSpec]
@@ -150,7 +147,7 @@ def plan_program(
         return result
 
     def reported(result: SearchResult, found: Found) -> Plan:
-        return _report(program, regions, cluster, result, found, budget, strategy, pins or {}, seconds)
+        return plan_of(program, regions, cluster, result, found, budget, strategy, pins or {}, seconds)
 
     result = searched(budget)
     if not result.best.fits:
@@ -179,7 +176,7 @@ def bind_program(plan: Plan, program: Program) -> Plan:
         first = regions.regions[family[0]]
         chosen = found.setdefault(key, nothing) if not first.sizes else found.get(key)
         if chosen is None or not is_candidate(regions, first, chosen, plan.mesh):
-            where, what = _subject(regions.graph, first)
+            where, what = subject(regions.graph, first)
             fault = "no" if chosen is None else "an impossible"
             raise PlanError(
                 f"the plan of {plan.program!r} has {fault} decision for {what} at {where} (key {key!r}). Remedy: "
@@ -199,136 +196,3 @@ def _argument_specs(layout: Layout) -> list[Spec]:
     """How the leaves of the arguments are sharded."""
     graph = layout.graph
     return [layout.home(graph.ops[op].results[0]) for op in graph.arguments[len(graph.program.closures) :]]
-
-
-def fingerprint(regions: Regions, keys: Sequence[str] | None = None) -> str:
-    """A hash of what a plan depends on: the ops, shapes, dtypes and how they are connected."""
-    digest = hashlib.blake2b(digest_size=12)
-    for key in family_keys(regions) if keys is None else keys:
-        digest.update(key.encode())
-    for leaf in regions.graph.program.args + regions.graph.program.results:
-        digest.update(str(leaf).encode())
-    return digest.hexdigest()
-
-
-def program_fingerprint(program: Program) -> str:
-    """The fingerprint of a program that is not analysed yet."""
-    return fingerprint(find_regions(build_graph(program)))
-
-
-def _report(
-    program: Program,
-    regions: Regions,
-    cluster: Cluster,
-    result: SearchResult,
-    best: Found,
-    budget: float,
-    strategy: str,
-    pins: Pins,
-    seconds: dict[str, float],
-) -> Plan:
-    layout = best.layout
-    graph = regions.graph
-    model = CollectiveModel(best.mesh, cluster)
-    others = runners_up(best.problem, best.choice)
-    closures = len(program.closures)
-
-    def argument(position: int) -> Placement:
-        op = graph.ops[graph.arguments[position]]
-        value = graph.values[op.results[0]]
-        return Placement(path=op.label, shape=value.shape, dtype=value.dtype, spec=layout.home(value.id))
-
-    return Plan(
-        program=program.name,
-        fingerprint=fingerprint(regions, None if pins else result.keys),
-        cluster=cluster.name,
-        devices=cluster.devices,
-        strategy=strategy,
-        mesh=best.mesh,
-        axis_prices=model.axis_prices,
-        budget_bytes=budget,
-        pins={pattern: entries(spec) for pattern, spec in pins.items()},
-        args=tuple(argument(closures + i) for i in range(len(program.args))),
-        closures=tuple(argument(i) for i in range(closures)),
-        results=tuple(
-            Placement(path=leaf.path, shape=leaf.shape, dtype=leaf.dtype, spec=layout.operand(op, 0))
-            for leaf, op in zip(program.results, graph.outputs, strict=True)
-        ),
-        decisions=tuple(_decisions(regions, best, result.keys, others)),
-        estimate=estimate(layout, result.kernels, model, best.peak),
-        search=_search_report(result, best, seconds),
-        layout=layout,
-    )
-
-
-def _decisions(regions: Regions, best: Found, keys: Sequence[str], others: Sequence[RunnerUp | None]) -> list[Decision]:
-    graph = regions.graph
-    families = members(keys)
-    decisions = []
-    for node, choice, other in zip(best.problem.nodes, best.choice, others, strict=True):
-        region = regions.regions[node.regions[0]]
-        if not region.sizes:
-            continue
-        names = [factor_name(i) for i in range(len(region.sizes))]
-        split, scatter = _describe(node.candidates[choice], names, best.mesh)
-        runner_up = "" if other is None else _text(*_describe(node.candidates[other.candidate], names, best.mesh))
-        where, what = _subject(graph, region)
-        decisions.append(
-            Decision(
-                key=node.key,
-                where=where,
-                what=what,
-                members=len(families[node.key]),
-                factors=dict(zip(names, region.sizes, strict=True)),
-                split=split,
-                scatter=scatter,
-                seconds=float(node.cost_s[choice]),
-                runner_up=runner_up,
-                runner_up_extra_s=0.0 if other is None else other.extra_s,
-            )
-        )
-    return decisions
-
-
-def _describe(candidate: Assignment, names: Sequence[str], mesh: MeshShape) -> tuple[dict[str, str], dict[str, int]]:
-    split = {a: names[atom] for a, atom in zip(mesh.axes, candidate.atoms, strict=True) if atom != UNUSED}
-    scatter = {a: dim for a, dim in zip(mesh.axes, candidate.scatter, strict=True) if dim != UNUSED}
-    return split, scatter
-
-
-def _text(split: Mapping[str, str], scatter: Mapping[str, int]) -> str:
-    parts = [f"{a}:{f}" + (f"->dim {scatter[a]}" if a in scatter else "") for a, f in split.items()]
-    return " ".join(parts) or "whole"
-
-
-def _subject(graph: Graph, region: Region) -> tuple[str, str]:
-    """The source line (or the path, of an argument) and the kind of a region's largest op."""
-
-    def size(op: Op) -> float:
-        return max((graph.values[v].bytes for v in op.results), default=0.0)
-
-    heaviest = max((graph.ops[i] for i in region.ops), key=size)
-    if not heaviest.results:
-        return heaviest.label, heaviest.kind
-    value = graph.values[heaviest.results[0]]
-    more = f" and {len(region.ops) - 1} more" if len(region.ops) > 1 else ""
-    return graph.source(heaviest), f"{heaviest.kind} {value.dtype}{list(value.shape)}{more}"
-
-
-def _search_report(result: SearchResult, best: Found, seconds: dict[str, float]) -> SearchReport:
-    exact = best.exact
-    return SearchReport(
-        seconds={**seconds, "total": sum(seconds.values())},
-        algorithm=("integer linear program" if exact else "integer linear programs in neighbourhoods")
-        + f", {best.strategy}",
-        candidates=sum(len(n.candidates) for n in best.problem.nodes),
-        lower_bound_s=best.bound_s,
-        gap=0.0 if best.step_s == 0 else (best.step_s - best.bound_s) / best.step_s,
-        stop="proved optimal for its mesh"
-        if exact and best.step_s - best.bound_s <= 1e-3 * best.step_s
-        else "no move improved",
-        competitors=tuple(
-            Competitor(strategy=f.strategy, mesh=str(f.mesh), step_s=f.step_s, peak_bytes=f.peak.bytes, fits=f.fits)
-            for f in result.found
-        ),
-    )

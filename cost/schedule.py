@@ -1,0 +1,224 @@
+"""When collectives are issued: as early as what they read is there, but copies not without end.
+
+Sums are issued after the kernel that they sum. A copy may be made ahead of the op that first reads it, back to where
+its value is made, or to the block's start if it is made of nothing but what the block begins with (a parameter, cast
+or not: the cast is moved along). It then takes memory while it waits, so
+
+    at every place of a block, copies that are issued and not yet read hold at most `AHEAD` times the bytes of the
+    largest one that can be made at the block's start (a weight); a larger one waits until all before it are read.
+
+XLA's latency-hiding scheduler has a limit on bytes, too, and by default one collective in flight; PyTorch's FSDP lets
+two gathers be under way (`limit_all_gathers`). Synchronous collectives gain nothing: they are issued where they are
+read. The rule needs places only, no times, so that a schedule changes no further than sizes do.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ffjax.cost.streams import Event, Inside, Issue, Run, Wait
+from ffjax.cost.task_costs import Copy, Hop
+from ffjax.cost.task_graph import AFTER, BEFORE, DURING, START, Block, Point, Read, Sum, TaskGraph
+
+AHEAD = 2.0
+SEGMENT = 32
+"""Steps that are played together: simulating again takes up where a segment begins."""
+_NOWHERE = START - 1
+
+
+class Schedule:
+    """The collectives of one block under a plan, and the events of each of its segments.
+
+    `dirty`: the segments whose events may have changed since it was emptied.
+    """
+
+    def __init__(self, block: Block, reads: Sequence[Read], op_of: Sequence[int], tasks: TaskGraph) -> None:
+        steps = block.steps
+        self._runs, self._op_of, self._step_of = block.runs, op_of, tasks.step_of
+        self.segments = [steps[i : i + SEGMENT] for i in range(0, len(steps), SEGMENT)] or [[]]
+        self.inner = block.inner
+        self._bounds = [START, *(s[0] for s in self.segments[1:])]
+        self._wait_at = tasks.wait_at
+        self._issued: list[dict[Point, tuple[int, Issue]]] = [{} for _ in self.segments]
+        self._waits: dict[int, dict[Point, None]] = {}
+        self._moved: dict[int, int] = {}
+        self.dirty = set(range(len(self.segments)))
+        # By port of the block, in the order of ops.
+        self._index = {port: i for i, port in enumerate(block.ports)}
+        count = len(block.ports)
+        self._ports = block.ports
+        self._read_at = np.array([3 * op_of[p] + BEFORE for p in block.ports], dtype=np.int64)
+        self._early, self._late = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self._blocked = np.zeros(count, np.int64)
+        self._bytes, self._active = np.zeros(count), np.zeros(count, bool)
+        self._place = np.full(count, _NOWHERE, np.int64)
+        self._copies: dict[int, tuple[Issue, tuple[int, ...]]] = {}
+        self._blocks: dict[int, list[int]] = {}
+        for read in reads:
+            own = [self._index[p] for p in read.ports]
+            self._early[own], self._late[own] = read.early, read.late
+            for port in read.chain:
+                self._blocks.setdefault(port, []).extend(own)
+
+    def segment_of(self, position: int) -> int:
+        return bisect.bisect_right(self._bounds, position // 3) - 1
+
+    # -- what there is to issue
+
+    def set_sum(self, entry: Sum, hops: Sequence[Hop]) -> None:
+        """Sums an op's partial results by these collectives, in place of what did before."""
+        point, position = ~entry.op, 3 * entry.op + AFTER
+        issued = self._issued[self.segment_of(position)]
+        if issued.pop(point, None) is not None:
+            self._unwait(point, (point,))
+        if hops:
+            # The results' collectives are on the same links, so one after another.
+            issued[point] = (position, Issue(tuple(hops), (point,), entry.upstream))
+            self._wait(point, (point,))
+        self.dirty.add(self.segment_of(position))
+
+    def set_copies(self, read: Read, before: Sequence[Copy], after: Sequence[Copy]) -> None:
+        """Makes the copies of a read, in place of those made before. `arrange` then says when."""
+        for copy in before:
+            lead = read.ports[copy.readers[0]]
+            self._unplace(lead)
+            issue, _ = self._copies.pop(lead)
+            self._unwait(lead, issue.points)
+            self._activate(lead, issue.points, 0.0, -1)
+        leads = [read.ports[c.readers[0]] for c in after]
+        for index, (lead, copy) in enumerate(zip(leads, after, strict=True)):
+            points = tuple(read.ports[r] for r in copy.readers)
+            begins = read.upstream if copy.base < 0 else (*read.upstream, leads[copy.base])
+            # Kernels move with the first copy, which is issued before the others.
+            self._copies[lead] = Issue(copy.hops, points, begins), read.prepared if index == 0 else ()
+            self._wait(lead, points)
+            self._activate(lead, points, copy.bytes, 1)
+
+    def _activate(self, lead: int, points: Sequence[int], size: float, step: int) -> None:
+        self._bytes[self._index[lead]] = size
+        self._active[self._index[lead]] = step > 0
+        for port in points:
+            for index in self._blocks.get(port, ()):
+                self._blocked[index] += step
+
+    def _first_wait(self, points: Sequence[Point]) -> int | None:
+        return min((self._wait_at[p] for p in points if p in self._wait_at), default=None)
+
+    def _wait(self, point: Point, points: Sequence[Point]) -> None:
+        op = self._first_wait(points)
+        if op is not None:
+            self._waits.setdefault(op, {})[point] = None
+            self.dirty.add(self.segment_of(3 * op))
+
+    def _unwait(self, point: Point, points: Sequence[Point]) -> None:
+        op = self._first_wait(points)
+        if op is not None:
+            del self._waits[op][point]
+            self.dirty.add(self.segment_of(3 * op))
+
+    # -- where copies are issued
+
+    def arrange(self, *, overlap: bool) -> None:
+        """Finds the places of all copies, and moves those whose place is another than before."""
+        active = np.flatnonzero(self._active)
+        places = self._read_at[active]
+        if overlap and len(active):
+            begins = np.where(self._blocked[active] > 0, self._late[active], self._early[active])
+            weights = self._bytes[active][begins == START]
+            budget = AHEAD * float(weights.max()) if len(weights) else 0.0
+            held = np.concatenate([[0.0], np.cumsum(self._bytes)])
+            # The copies from `oldest` on fit beside this one: it is issued when the one before them is read.
+            oldest = np.searchsorted(held, np.minimum(held[active + 1] - budget, held[active]), side="left")
+            limit = np.where(oldest > 0, self._read_at[oldest - 1] + DURING, START)
+            places = np.minimum(np.maximum(begins, limit), places)
+        for index in np.flatnonzero(places != self._place[active]).tolist():
+            lead = self._ports[active[index]]
+            self._unplace(lead)
+            self._put(lead, int(places[index]))
+
+    def places(self) -> dict[int, int]:
+        """For each copy, by the first port that reads it, its place."""
+        return {self._ports[i]: int(self._place[i]) for i in np.flatnonzero(self._active).tolist()}
+
+    def _put(self, lead: int, place: int) -> None:
+        issue, prepared = self._copies[lead]
+        segment = self.segment_of(place)
+        self._place[self._index[lead]] = place
+        self._issued[segment][lead] = place, issue
+        self.dirty.add(segment)
+        self._move(prepared, place, ahead=True)
+
+    def _unplace(self, lead: int) -> None:
+        place = int(self._place[self._index[lead]])
+        if place == _NOWHERE:
+            return
+        segment = self.segment_of(place)
+        del self._issued[segment][lead]
+        self._place[self._index[lead]] = _NOWHERE
+        self.dirty.add(segment)
+        self._move(self._copies[lead][1], place, ahead=False)
+
+    def _move(self, prepared: Sequence[int], place: int, *, ahead: bool) -> None:
+        for op in prepared:
+            if 3 * op > place:
+                if ahead:
+                    self._moved[op] = place
+                else:
+                    del self._moved[op]
+                self.dirty.add(self.segment_of(3 * op))
+
+    def touch(self, op: int) -> None:
+        """Another time for an op's kernel: what plays it is to be played again."""
+        self.dirty.add(self.segment_of(self._moved.get(op, 3 * self._step_of[op])))
+
+    # -- events
+
+    def events(self, segment: int, ticks: Sequence[int], inside: Mapping[int, Inside]) -> list[Event]:
+        """What happens in one segment. `ticks`: of each op's kernel; `inside`: inner blocks by position."""
+        issues = sorted((place, point) for point, (place, _) in self._issued[segment].items())
+        found: list[Event] = []
+        ops: list[int] = []
+        at = 0
+
+        def flush() -> None:
+            if ops:
+                found.append(Run(sum([ticks[op] for op in ops]), tuple(ops)))
+                ops.clear()
+
+        def issue(until: int) -> None:
+            nonlocal at
+            while at < len(issues) and issues[at][0] <= until:
+                place, point = issues[at]
+                at += 1
+                if point >= 0:
+                    ops.extend(op for op in self._copies[point][1] if 3 * op > place)
+                flush()
+                found.append(self._issued[segment][point][1])
+
+        for op in self.segments[segment]:
+            runs, waits = self._runs.get(op, ()), self._waits.get(op)
+            deferred = runs[:-1] if runs and runs[-1] == op else runs
+            if deferred:
+                # What is copied for this op may be made by these.
+                if waits and (theirs := tuple(p for p in waits if p < 0 or self._op_of[p] != op)):
+                    flush()
+                    found.append(Wait(theirs))
+                ops.extend(deferred)
+            if at < len(issues):
+                issue(3 * op + BEFORE)
+            if waits:
+                flush()
+                found.append(Wait(tuple(waits)))
+            if at < len(issues):
+                issue(3 * op + DURING)
+            if op in self.inner:
+                flush()
+                found.append(inside[op])
+            elif len(deferred) < len(runs) and op not in self._moved:
+                ops.append(op)
+        issue(3 * (2**62))
+        flush()
+        return found

@@ -1,0 +1,280 @@
+"""The execution simulator: when everything in a step happens, on one device, under a plan.
+
+A compute stream and one stream for each link level; tasks in the order of the program (`task_graph`); collectives
+issued as early as `schedule` lets them; streams that work as `streams` says. Overlap is what comes of it:
+
+    step_s = compute_s + exposed_comm_s,    exposed_comm_s = seconds in which kernels wait for collectives
+
+A loop's body is simulated once and stands for all trips; of a conditional's branches the costliest counts. Where
+nothing can overlap, `step_s` is that of `estimate`, but for what it counts of the other branches.
+
+When assignments change, only what the change reaches is simulated again (the delta simulation of FlexFlow: Jia,
+Zaharia, Aiken, "Beyond Data and Model Parallelism for Deep Neural Networks", MLSys 2019, section 5.3): costs of the
+regions that changed and of what they read and feed; schedules of their blocks; and segments from the first that differs
+on, as long as what is under way at a segment's border differs from what it was. Times are whole numbers relative to
+that border, so the answer is exactly that of simulating everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.kernels import Kernel
+from ffjax.cost.memory import MemoryModel
+from ffjax.cost.schedule import Schedule
+from ffjax.cost.streams import Entry, Event, Inside, Issue, Run, State, idle, play
+from ffjax.cost.task_costs import TICKS_PER_S, Copy, Hop, TaskCosts
+from ffjax.cost.task_graph import build_task_graph
+from ffjax.cost.timeline import Timeline
+from ffjax.ir.assignment import Assignment
+from ffjax.ir.layout import Layout
+from ffjax.ir.regions import Regions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """What a step takes. `step_s` is `compute_s` plus `exposed_comm_s`; `comm_s` is all communication."""
+
+    step_s: float
+    compute_s: float
+    comm_s: float
+    exposed_comm_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class _Played:
+    """How a block went: for each segment its events, the state that it found, and what it took."""
+
+    events: list[list[Event]]
+    states: list[State]
+    """One more than segments: the last is what the block leaves under way, and waits for."""
+    elapsed: list[int]
+    compute: list[int]
+    comm: list[int]
+    totals: tuple[int, int, int] = field(default=(0, 0, 0))
+    """Ticks of the block, of its kernels, of its collectives."""
+
+
+class Simulator:
+    """One program on one mesh, under one plan after another.
+
+    Args:
+      regions, kernels: the program (`ffjax.cost.kernels.kernels`).
+      model: the mesh, the cluster and its collectives. Collectives are asynchronous where
+        `Cluster.async_collectives` says so.
+      axis_prices: as in `Layout`; by default the model's.
+    """
+
+    def __init__(
+        self,
+        regions: Regions,
+        kernels: Sequence[Kernel],
+        model: CollectiveModel,
+        axis_prices: tuple[float, ...] | None = None,
+    ) -> None:
+        self.regions, self.model = regions, model
+        self.overlap = model.cluster.async_collectives
+        self.axis_prices = model.axis_prices if axis_prices is None else axis_prices
+        self.tasks = build_task_graph(regions, kernels)
+        self._costs = TaskCosts(regions, kernels, model, self.tasks)
+        self._op_of = [edge.op for edge in regions.edges]
+        self._reads_of: list[list[int]] = [[] for _ in regions.regions]
+        for index, read in enumerate(self.tasks.reads):
+            for region in set(read.regions):
+                self._reads_of[region].append(index)
+        self._sums_of: list[list[int]] = [[] for _ in regions.regions]
+        for index, entry in enumerate(self.tasks.sums):
+            for region in set(entry.regions):
+                self._sums_of[region].append(index)
+        self._reads_in = {b: [r for r in self.tasks.reads if r.block == b] for b in self.tasks.blocks}
+        self._around = {
+            body: (block.scope, inner.position)
+            for block in self.tasks.blocks.values()
+            for inner in block.inner.values()
+            for body in inner.bodies
+        }
+        self.assignments: list[Assignment] = []
+
+    def run(self, assignments: Sequence[Assignment]) -> Simulated:
+        """Simulates a plan from the beginning: one assignment for each region."""
+        if len(assignments) != len(self.regions.regions):
+            raise ValueError(
+                f"{len(assignments)} assignments for {len(self.regions.regions)} regions; give one for each"
+            )
+        self.assignments = list(assignments)
+        self._numbers = [self._costs.number(a) for a in assignments]
+        self._ticks = [0] * len(self.regions.graph.ops)
+        self._copies: list[tuple[Copy, ...]] = [()] * len(self.tasks.reads)
+        self._sums: list[tuple[Hop, ...]] = [()] * len(self.tasks.sums)
+        self.schedules = {
+            scope: Schedule(block, self._reads_in[scope], self._op_of, self.tasks)
+            for scope, block in self.tasks.blocks.items()
+        }
+        start = idle(len(self.model.cluster.links))
+        self._played = {}
+        for scope, schedule in self.schedules.items():
+            count = len(schedule.segments)
+            self._played[scope] = _Played(
+                events=[[] for _ in range(count)],
+                states=[start] * (count + 1),
+                elapsed=[0] * count,
+                compute=[0] * count,
+                comm=[0] * count,
+            )
+        return self._update(range(len(self.regions.regions)), range(len(self.tasks.reads)), range(len(self.tasks.sums)))
+
+    def change(self, regions: int | Sequence[int], assignment: Assignment) -> Simulated:
+        """Gives a region, or all of a family, another assignment, and simulates what that reaches."""
+        if not self.assignments:
+            raise ValueError("there is no plan to change yet; call run(assignments) first")
+        regions = [regions] if isinstance(regions, int) else list(regions)
+        number = self._costs.number(assignment)
+        for region in regions:
+            self.assignments[region], self._numbers[region] = assignment, number
+        reads = dict.fromkeys(i for r in regions for i in self._reads_of[r])
+        sums = dict.fromkeys(i for r in regions for i in self._sums_of[r])
+        return self._update(regions, reads, sums)
+
+    @property
+    def layout(self) -> Layout:
+        """The plan that was simulated last."""
+        return Layout(
+            regions=self.regions, mesh=self.model.mesh, assignments=self.assignments, axis_prices=self.axis_prices
+        )
+
+    def timeline(self, memory: MemoryModel | None = None) -> Timeline:
+        """All tasks of the plan that was simulated last, and what is in memory if a `MemoryModel` is given."""
+        from ffjax.cost.intervals import timeline_of
+
+        return timeline_of(self, memory)
+
+    @property
+    def totals(self) -> tuple[int, int, int]:
+        """Ticks of the step, of its kernels, of its collectives."""
+        return self._played[0].totals
+
+    @property
+    def ticks(self) -> Sequence[int]:
+        """For each op those of its kernel."""
+        return self._ticks
+
+    def log(self, scope: int) -> tuple[list[Entry], int]:
+        """The tasks of one block and the ticks that it takes."""
+        played, log = self._played[scope], list[Entry]()
+        for events, state, at in zip(played.events, played.states, _starts(played.elapsed), strict=False):
+            play(events, state, overlap=self.overlap, log=log, base=at)
+        return log, played.totals[0]
+
+    # -- what changed
+
+    def _update(self, regions: Iterable[int], reads: Iterable[int], sums: Iterable[int]) -> Simulated:
+        layout, numbers, costs = self.layout, self._numbers, self._costs
+        block_of, ops = self.tasks.block_of, self.regions.graph.ops
+        for region in regions:
+            own = costs.own[region]
+            if not own:
+                continue
+            priced = costs.kernel_ticks(region, self.assignments[region], numbers[region])
+            for kernel, ticks in zip(own, priced, strict=True):
+                if self._ticks[kernel.op] != ticks:
+                    self._ticks[kernel.op] = ticks
+                    self.schedules[block_of[ops[kernel.op].scope]].touch(kernel.op)
+        for index in sums:
+            entry = self.tasks.sums[index]
+            hops = costs.sums(index, entry, numbers, layout)
+            if hops != self._sums[index]:
+                self._sums[index] = hops
+                self.schedules[entry.block].set_sum(entry, hops)
+        rearranged: dict[int, None] = {}
+        for index in reads:
+            read = self.tasks.reads[index]
+            copies = costs.copies(index, read, numbers, layout)
+            if copies != self._copies[index]:
+                self.schedules[read.block].set_copies(read, self._copies[index], copies)
+                self._copies[index] = copies
+                rearranged[read.block] = None
+        for scope in rearranged:
+            self.schedules[scope].arrange(overlap=self.overlap)
+        # Inner blocks come after those around them.
+        for scope in reversed(self.schedules):
+            self._play(scope)
+        ticks, compute, comm = self.totals
+        return Simulated(
+            step_s=ticks / TICKS_PER_S,
+            compute_s=compute / TICKS_PER_S,
+            comm_s=comm / TICKS_PER_S,
+            exposed_comm_s=(ticks - compute) / TICKS_PER_S,
+        )
+
+    def _play(self, scope: int) -> None:
+        """Plays the segments of a block whose events or beginnings are others than before."""
+        schedule, played = self.schedules[scope], self._played[scope]
+        if not schedule.dirty:
+            return
+        todo = sorted(schedule.dirty, reverse=True)
+        segment, state = todo[-1], played.states[todo[-1]]
+        while True:
+            if todo and todo[-1] == segment:
+                todo.pop()
+                self._prepare(scope, segment)
+            elif state == played.states[segment]:
+                # From here on all is as it was, up to the next segment whose events changed.
+                if not todo:
+                    break
+                segment = todo[-1]
+                state = played.states[segment]
+                continue
+            played.states[segment] = state
+            if segment == len(schedule.segments):
+                break
+            played.elapsed[segment], state = play(played.events[segment], state, overlap=self.overlap)
+            segment += 1
+        schedule.dirty.clear()
+        totals = (sum(played.elapsed) + max(played.states[-1].links), sum(played.compute), sum(played.comm))
+        if totals != played.totals:
+            played.totals = totals
+            if scope in self._around:
+                outer, position = self._around[scope]
+                self.schedules[outer].dirty.add(self.schedules[outer].segment_of(3 * position))
+
+    def _prepare(self, scope: int, segment: int) -> None:
+        schedule, played = self.schedules[scope], self._played[scope]
+        inside = {p: self._inside(scope, p) for p in schedule.segments[segment] if p in schedule.inner}
+        events = played.events[segment] = schedule.events(segment, self._ticks, inside)
+        compute = comm = 0
+        for event in events:
+            if isinstance(event, Run):
+                compute += event.ticks
+            elif isinstance(event, Issue):
+                comm += sum([hop.ticks for hop in event.hops])
+            elif isinstance(event, Inside):
+                compute, comm = compute + event.compute_ticks, comm + event.comm_ticks
+        played.compute[segment], played.comm[segment] = compute, comm
+
+    def _inside(self, scope: int, position: int) -> Inside:
+        """An inner block as one event: all trips of a loop, or the costliest of some branches."""
+        inner = self.schedules[scope].inner[position]
+        body = self.costliest(inner.bodies)
+        ticks, compute, comm = (inner.trips * t for t in self._played[body].totals)
+        return Inside(ticks, compute, comm, position)
+
+    def costliest(self, bodies: Sequence[int]) -> int:
+        return max(bodies, key=lambda b: self._played[b].totals)
+
+
+def _starts(elapsed: Sequence[int]) -> list[int]:
+    starts = [0]
+    for ticks in elapsed:
+        starts.append(starts[-1] + ticks)
+    return starts
+
+
+def simulate(
+    layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, memory: MemoryModel | None = None
+) -> Timeline:
+    """Simulates one layout from the beginning. For many layouts of a program on one mesh, make a `Simulator`."""
+    simulator = Simulator(layout.regions, kernels, model, layout.axis_prices)
+    simulator.run(layout.assignments)
+    return simulator.timeline(memory)

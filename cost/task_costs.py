@@ -1,0 +1,196 @@
+"""How long tasks take under an assignment: kernels, copies and sums, each distinct case priced once.
+
+Seconds are the search's own: a region's kernels share `compute_seconds` of the region in proportion to their own
+rooflines, a collective takes `CollectiveModel.seconds`. Times are whole ticks of an attosecond, so that they add up
+the same in any order: simulating a part again then gives exactly what simulating everything gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
+from typing import NamedTuple
+
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.kernels import Kernel
+from ffjax.cost.region_costs import Splits, compute_seconds
+from ffjax.cost.roofline import op_seconds
+from ffjax.cost.task_graph import Read, Sum, TaskGraph
+from ffjax.ir.assignment import Assignment
+from ffjax.ir.layout import Layout
+from ffjax.ir.regions import Dims, Regions
+from ffjax.ir.spec import Collective, CollectiveKind, Spec
+
+TICKS_PER_S = 10**18
+
+
+class Hop(NamedTuple):
+    """One collective: its ticks, and the links that it occupies, as indices into the cluster's."""
+
+    ticks: int
+    links: tuple[int, ...]
+    collective: Collective
+
+
+class Copy(NamedTuple):
+    """A value in one other sharding: who reads it so, counted in `Read.ports`, and the collectives that make it."""
+
+    readers: tuple[int, ...]
+    hops: tuple[Hop, ...]
+    base: int
+    """The copy whose collectives it goes on from, by its place among the copies of the read; -1 for none."""
+    bytes: float
+
+
+class TaskCosts:
+    """Prices for one program on one mesh. Alike regions, reads and sums share entries."""
+
+    def __init__(self, regions: Regions, kernels: Sequence[Kernel], model: CollectiveModel, tasks: TaskGraph) -> None:
+        self.regions, self.model = regions, model
+        self._links: dict[tuple[str, ...], tuple[int, ...]] = {}
+        self._numbers: dict[Assignment, int] = {}
+        self._kernels: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._copies: dict[Hashable, tuple[Copy, ...]] = {}
+        self._sums: dict[Hashable, tuple[Hop, ...]] = {}
+        self.own: list[list[Kernel]] = [[] for _ in regions.regions]
+        """The kernels of each region."""
+        for kernel in kernels:
+            self.own[kernel.region].append(kernel)
+        alike: dict[Hashable, int] = {}
+
+        def kind(*content: Hashable) -> int:
+            return alike.setdefault(content, len(alike))
+
+        sizes = [kind(r.sizes, r.solo) for r in regions.regions]
+        values, edges, ports = regions.graph.values, regions.edges, regions.ports
+
+        def view(region: int, dims: Dims) -> tuple[int, Dims]:
+            return sizes[region], dims
+
+        self._kernel_kind = [
+            kind(sizes[r.id], *(_content(k) for k in own)) for r, own in zip(regions.regions, self.own, strict=True)
+        ]
+        self._read_kind = [
+            kind(
+                values[r.value].bytes,
+                values[r.value].shape,
+                view(r.regions[0], regions.home[r.value]),
+                *(view(edges[p].target, edges[p].target_dims) for p in r.ports),
+            )
+            for r in tasks.reads
+        ]
+        self._sum_kind = [
+            kind(
+                tuple((values[v].bytes, values[v].shape) for v in regions.graph.ops[s.op].results),
+                sizes[s.regions[0]],
+                ports[s.op].results,
+                ports[s.op].reduced,
+                *((v, view(regions.region_of[op], ports[op].operands[i])) for v, op, i in s.readers),
+            )
+            for s in tasks.sums
+        ]
+        self._read_key = [_getter(r.regions) for r in tasks.reads]
+        self._sum_key = [_getter(s.regions) for s in tasks.sums]
+
+    def number(self, assignment: Assignment) -> int:
+        """A small number that stands for an assignment in keys."""
+        return self._numbers.setdefault(assignment, len(self._numbers))
+
+    def kernel_ticks(self, region: int, assignment: Assignment, number: int) -> tuple[int, ...]:
+        """One launch of each of a region's kernels."""
+        key = (self._kernel_kind[region], number)
+        found = self._kernels.get(key)
+        if found is None:
+            found = self._kernels[key] = self._price(region, assignment)
+        return found
+
+    def copies(self, index: int, read: Read, numbers: Sequence[int], layout: Layout) -> tuple[Copy, ...]:
+        """The copies that a read takes, and of each the collectives that no copy before it has made."""
+        key = (self._read_kind[index], self._read_key[index](numbers))
+        found = self._copies.get(key)
+        if found is None:
+            found = self._copies[key] = self._reshard(read, layout)
+        return found
+
+    def sums(self, index: int, entry: Sum, numbers: Sequence[int], layout: Layout) -> tuple[Hop, ...]:
+        """The collectives that sum an op's partial results."""
+        key = (self._sum_kind[index], self._sum_key[index](numbers))
+        found = self._sums.get(key)
+        if found is None:
+            found = self._sums[key] = self._reduce(entry, layout)
+        return found
+
+    def _price(self, region: int, assignment: Assignment) -> tuple[int, ...]:
+        own, device = self.own[region], self.model.cluster.device
+        splits = Splits(self.regions.regions[region], [assignment], self.model)
+        total = float(compute_seconds(own, splits, self.model)[0])
+        shares = []
+        for k in own:
+            traffic = sum(float(whole / splits.of_dims(dims)[0]) for dims, whole in k.traffic)
+            flops = k.flops / float(splits.of(k.iteration)[0])
+            dtype = k.dtype if k.matmul else "float32"
+            shares.append(op_seconds(flops, traffic, dtype, device, matmul=k.matmul) + k.launches * device.kernel_s)
+        whole = sum(k.trips * s for k, s in zip(own, shares, strict=True))
+        scale = total / whole if whole else 0.0
+        return tuple(round(s * scale * TICKS_PER_S) for s in shares)
+
+    def _reshard(self, read: Read, layout: Layout) -> tuple[Copy, ...]:
+        home, local = layout.home(read.value), layout.local_bytes(read.value)
+        by_spec: dict[Spec, list[int]] = {}
+        for index, port in enumerate(read.ports):
+            edge = self.regions.edges[port]
+            spec = layout.operand(edge.op, edge.operand)
+            if spec != home:
+                by_spec.setdefault(spec, []).append(index)
+        # Ways that begin alike share their beginning, as in `Layout.collectives`.
+        made: dict[tuple[Spec, ...], int] = {}
+        copies: list[Copy] = []
+        for spec, readers in by_spec.items():
+            way: tuple[Spec, ...] = ()
+            hops, base = [], -1
+            for hop in layout.way(read.value, spec):
+                way += (hop.spec,)
+                if hop.step is None:
+                    continue
+                if way in made:
+                    base = made[way]
+                    continue
+                made[way] = len(copies)
+                kind, axes, multiplier = hop.step
+                hops.append(self._hop(kind, axes, local * multiplier))
+            if hops or base >= 0:
+                copies.append(Copy(tuple(readers), tuple(hops), base, layout.local_bytes(read.value, spec)))
+        return tuple(copies)
+
+    def _reduce(self, entry: Sum, layout: Layout) -> tuple[Hop, ...]:
+        axes = layout.partial_axes(entry.op)
+        if not axes:
+            return ()
+        hops = []
+        for index, value in enumerate(layout.graph.ops[entry.op].results):
+            reads = {layout.operand(op, i) for v, op, i in entry.readers if v == index}
+            scatters = layout.scatters(value, axes, reads)
+            size = layout.local_bytes(value, layout.partial(value))
+            hops.append(self._hop("reduce_scatter" if scatters else "all_reduce", axes, size))
+        return tuple(hops)
+
+    def _hop(self, kind: CollectiveKind, axes: tuple[str, ...], size: float) -> Hop:
+        collective = Collective(kind, axes, size)
+        return Hop(round(self.model.seconds(collective) * TICKS_PER_S), self._crossed(axes), collective)
+
+    def _crossed(self, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """The links between the devices of a group: inside a host, across hosts, or both."""
+        found = self._links.get(axes)
+        if found is None:
+            group, last = self.model.group(axes), len(self.model.cluster.links) - 1
+            inside = (0,) if group.shares_host else ()
+            found = self._links[axes] = (*inside, last) if group.crosses_hosts else inside
+        return found
+
+
+def _content(k: Kernel) -> Hashable:
+    return k.trips, k.flops, k.matmul, k.dtype, k.launches, k.traffic, k.iteration
+
+
+def _getter(regions: tuple[int, ...]) -> Callable[[Sequence[int]], Hashable]:
+    return itemgetter(*regions)

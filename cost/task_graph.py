@@ -1,0 +1,300 @@
+"""What a program's tasks wait for, whatever the plan: worked out once, before any simulation.
+
+A *block* is what runs from top to bottom: the step itself, the body of a loop, a branch. Its steps are kernels, and
+inner blocks. Under some plan a *read* of a value may take a copy in another sharding, and an op that reduces may leave
+partial sums to be summed: these are the collectives. What is fused or free has no kernel and passes on what it waits
+for: `wait_at` is for each collective the first step that needs it, which suffices, as steps run one after another.
+
+Steps are in the order of the program but for elementwise kernels, which would hold up others there, and which the
+compiler is free to move: one that reads sums is *deferred* to the first step that needs its result (a gradient that
+is transposed is waited for by the optimizer, not by the rest of the backward pass), and one that makes a value to be
+copied from what the block begins with may be moved ahead with the copy (`Read.prepared`).
+
+Positions are `3 * op + phase`: before an op waits (0), while its kernel runs (1), after it (2); `START` is before all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ffjax.cost.kernels import Kernel, fusible
+from ffjax.ir.graph import NO_VALUE, Graph, Op
+from ffjax.ir.regions import Regions
+
+START = -1
+BEFORE, DURING, AFTER = 0, 1, 2
+MOST_PREPARED = 8
+"""Kernels that may be moved ahead together with one copy."""
+
+Point = int
+"""Something to wait for: a port (an index into `Regions.edges`), or `~op` for the sums of an op."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Inner:
+    """A loop's body, or the branches of a conditional, as a step of the block around it."""
+
+    position: int
+    """Its first op."""
+    bodies: tuple[int, ...]
+    trips: int
+    """For each time that the block around it runs."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Block:
+    """`steps`: ops where kernels run and positions of inner blocks, in order. `ports`: where copies may be read."""
+
+    scope: int
+    first: int
+    last: int = 0
+    steps: list[int] = field(default_factory=list)
+    runs: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """For each step that is no inner block the ops whose kernels run there: those deferred to it, then its own."""
+    inner: dict[int, Inner] = field(default_factory=dict)
+    ports: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class Read:
+    """All reads of one value in one scope across borders of regions: `ports`, in the order of ops."""
+
+    value: int
+    block: int
+    ports: tuple[int, ...]
+    regions: tuple[int, ...]
+    """That of the value, then those of the ports."""
+    upstream: tuple[Point, ...]
+    early: int
+    """The first position at which a copy can be made, if nothing in `chain` takes a copy."""
+    late: int
+    """The same if something does."""
+    prepared: tuple[int, ...] = ()
+    """Kernels that make the value from what is there when the block begins: they can be moved ahead with a copy."""
+    chain: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Sum:
+    """An op that reduces: what its collective waits for beside its own kernel."""
+
+    op: int
+    block: int
+    regions: tuple[int, ...]
+    """That of the op, then those of all who read its results."""
+    readers: tuple[tuple[int, int, int], ...]
+    """(which of its results, op, operand)"""
+    upstream: tuple[Point, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskGraph:
+    """The blocks by scope, outer ones first; reads and sums in the order of ops."""
+
+    blocks: dict[int, Block]
+    reads: list[Read]
+    sums: list[Sum]
+    wait_at: dict[Point, int]
+    step_of: dict[int, int]
+    """For each op with a kernel the step at which it runs."""
+    block_of: list[int]
+    """For each scope the block that it is part of: a rematerialised body is part of the block around it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Lead:
+    """How a value comes from what a block begins with: kernels, and ports that they read through."""
+
+    prepared: tuple[int, ...] = ()
+    chain: tuple[int, ...] = ()
+
+
+def build_task_graph(regions: Regions, kernels: Sequence[Kernel]) -> TaskGraph:
+    """Finds blocks, reads, sums, and who waits for them, in one pass over the ops."""
+    graph = regions.graph
+    block_of: list[int] = []
+    for scope in graph.scopes:
+        block_of.append(block_of[scope.parent] if scope.kind == "remat" else scope.id)
+    blocks = _blocks(graph, block_of)
+    port_of = {(edge.op, edge.operand): port for port, edge in enumerate(regions.edges)}
+    for port, edge in enumerate(regions.edges):
+        blocks[block_of[graph.ops[edge.op].scope]].ports.append(port)
+    return _Walk(regions, blocks, block_of, port_of, {k.op for k in kernels}).run()
+
+
+def _blocks(graph: Graph, block_of: list[int]) -> dict[int, Block]:
+    blocks = {0: Block(scope=0, first=0)}
+    for op in graph.ops:
+        scope = block_of[op.scope]
+        blocks.setdefault(scope, Block(scope=scope, first=op.id)).last = op.id
+    for scopes in graph.scopes_of.values():
+        groups = [tuple(scopes)] if graph.scopes[scopes[0]].kind == "cond" else [(s,) for s in scopes]
+        for bodies in groups:
+            there = tuple(b for b in bodies if b in blocks)
+            if not there or block_of[bodies[0]] != bodies[0]:
+                continue
+            outer = graph.scopes[graph.scopes[bodies[0]].parent]
+            inner = Inner(
+                position=min(blocks[b].first for b in there),
+                bodies=there,
+                trips=round(graph.scopes[bodies[0]].trips / outer.trips) if outer.trips else 0,
+            )
+            around = blocks[block_of[outer.id]]
+            around.inner[inner.position] = inner
+    return dict(sorted(blocks.items()))
+
+
+class _Walk:
+    """One pass over the ops, in order."""
+
+    def __init__(
+        self,
+        regions: Regions,
+        blocks: dict[int, Block],
+        block_of: list[int],
+        port_of: dict[tuple[int, int], int],
+        kernel_ops: set[int],
+    ) -> None:
+        self.regions, self.graph = regions, regions.graph
+        self.blocks, self.block_of = blocks, block_of
+        self.port_of, self.kernel_ops = port_of, kernel_ops
+        self.carried: list[tuple[Point, ...]] = [()] * len(self.graph.values)
+        self.owed: list[tuple[int, ...]] = [()] * len(self.graph.values)
+        """For each value the deferred kernels that it comes from, whether they have run by now or not."""
+        self.step_of: dict[int, int] = {}
+        self.leads: dict[int, _Lead] = {}
+        self.wait_at: dict[Point, int] = {}
+        self.taken: set[int] = set()
+
+    def run(self) -> TaskGraph:
+        sums = []
+        readers: dict[int, list[tuple[int, int]]] = {}
+        for op in self.graph.ops:
+            for index, value in enumerate(op.operands):
+                if value != NO_VALUE:
+                    readers.setdefault(value, []).append((op.id, index))
+        for op in self.graph.ops:
+            waits, owed = self.steps(op)
+            if self.regions.ports[op.id].reduced:
+                reads = tuple((i, *r) for i, v in enumerate(op.results) for r in readers.get(v, ()))
+                of = (op.id, *(reader for _, reader, _ in reads))
+                sums.append(
+                    Sum(
+                        op=op.id,
+                        block=self.block_of[op.scope],
+                        regions=tuple(self.regions.region_of[o] for o in of),
+                        readers=reads,
+                        upstream=waits,
+                    )
+                )
+                waits = (*waits, ~op.id)
+            lead = self.lead(op)
+            for value in op.results:
+                self.carried[value], self.owed[value] = waits, owed
+                if lead is not None:
+                    self.leads[value] = lead
+        for kernel in sorted(self.kernel_ops):
+            block = self.blocks[self.block_of[self.graph.ops[kernel].scope]]
+            step = self.step_of.setdefault(kernel, block.last)  # what nobody reads runs at the end
+            block.runs[step] = (*block.runs.get(step, ()), kernel)
+        for block in self.blocks.values():
+            block.steps = sorted({*block.runs, *block.inner})
+        return TaskGraph(
+            blocks=self.blocks,
+            reads=self.reads(),
+            sums=sums,
+            wait_at=self.wait_at,
+            step_of=self.step_of,
+            block_of=self.block_of,
+        )
+
+    def steps(self, op: Op) -> tuple[tuple[Point, ...], tuple[int, ...]]:
+        """Makes an op a step if it is one; what its results wait for, and the deferred kernels that they come from."""
+        block, ports = self.block_of[op.scope], self.regions.ports[op.id]
+        waits, owed, first = dict[Point, None](), dict[int, None](), False
+        for index, value in enumerate(op.operands):
+            if value == NO_VALUE:
+                continue
+            before: tuple[int, ...] = ()
+            if self.block_of[self.graph.ops[self.graph.values[value].producer].scope] == block:
+                waits.update(dict.fromkeys(self.carried[value]))
+                before = tuple(k for k in self.owed[value] if k not in self.step_of)
+                owed.update(dict.fromkeys(before))
+            if (port := self.port_of.get((op.id, index))) is not None:
+                waits[port] = None
+                # What may be copied here must have been made.
+                first = first or bool(before)
+        points = tuple(p for p in waits if p not in self.wait_at)
+        first = first or bool(ports.reduced) or self.leaves(op)
+        if op.id in self.kernel_ops:
+            if fusible(op) and not first and (owed or any(p < 0 for p in points)):
+                return points, (*owed, op.id)
+        elif not (owed and first):
+            return points, tuple(owed)
+        for kernel in (*owed, op.id) if op.id in self.kernel_ops else owed:
+            self.step_of[kernel] = op.id
+        self.wait_at.update(dict.fromkeys(points, op.id))
+        return (), ()
+
+    def leaves(self, op: Op) -> bool:
+        """Whether an op takes its operand out of a block: into a loop, out of a body, or out of the step."""
+        scopes = {self.block_of[self.graph.values[v].scope] for v in op.results}
+        return op.kind in ("enter", "exit", "result") and scopes != {self.block_of[op.scope]}
+
+    def outside(self, value: int, block: int) -> bool:
+        """Whether a value is there when a block begins."""
+        producer = self.graph.ops[self.graph.values[value].producer]
+        return producer.kind == "argument" or producer.id < self.blocks[block].first
+
+    def lead(self, op: Op) -> _Lead | None:
+        """How an op's results come from what its block begins with, if only fused ops lie between."""
+        if not (fusible(op) or op.kind in ("enter", "exit")) or self.regions.ports[op.id].reduced or self.leaves(op):
+            return None
+        prepared, chain = dict[int, None](), dict[int, None]()
+        for index, value in enumerate(op.operands):
+            if value == NO_VALUE:
+                continue
+            if (port := self.port_of.get((op.id, index))) is not None:
+                chain[port] = None
+            if not self.outside(value, self.block_of[op.scope]):
+                before = self.leads.get(value)
+                if before is None:
+                    return None
+                prepared.update(dict.fromkeys(before.prepared))
+                chain.update(dict.fromkeys(before.chain))
+        if op.id in self.kernel_ops:
+            prepared[op.id] = None
+        if max(len(prepared), len(chain)) > MOST_PREPARED:
+            return None
+        return _Lead(prepared=tuple(prepared), chain=tuple(chain))
+
+    def reads(self) -> list[Read]:
+        ports: dict[tuple[int, int], list[int]] = {}
+        for port, edge in enumerate(self.regions.edges):
+            ports.setdefault((edge.value, self.graph.ops[edge.op].scope), []).append(port)
+        return [self.read(value, self.block_of[scope], tuple(own)) for (value, scope), own in ports.items()]
+
+    def read(self, value: int, block: int, ports: tuple[int, ...]) -> Read:
+        edges = self.regions.edges
+        producer = self.graph.ops[self.graph.values[value].producer]
+        read = Read(
+            value=value,
+            block=block,
+            ports=ports,
+            regions=(edges[ports[0]].source, *(edges[p].target for p in ports)),
+            upstream=self.carried[value] if self.block_of[producer.scope] == block else (),
+            early=START,
+            late=3 * max([producer.id, *(self.step_of[k] for k in self.owed[value])]) + AFTER,
+        )
+        if self.outside(value, block):
+            read.late, read.upstream = START, ()
+        elif (lead := self.leads.get(value)) is None:
+            read.early = read.late
+        elif self.taken.isdisjoint(lead.prepared):
+            self.taken.update(lead.prepared)
+            read.prepared, read.chain = lead.prepared, lead.chain
+        else:
+            # Another value's copy may move these kernels: this one comes after them wherever they are.
+            read.early, read.chain = 3 * max(lead.prepared) + AFTER, lead.chain
+        return read

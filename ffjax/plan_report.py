@@ -1,0 +1,142 @@
+"""From what the search found to a plan: what was decided and predicted, written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import PartitionSpec
+
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.estimate import estimate
+from ffjax.fingerprint import fingerprint
+from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.ir.graph import Graph, Op
+from ffjax.ir.regions import Region, Regions
+from ffjax.ir.rules import factor_name
+from ffjax.ir.spec import MeshShape
+from ffjax.ir.trace import Program
+from ffjax.pins import entries
+from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
+from ffjax.strategies.families import members
+from ffjax.strategies.runner_up import RunnerUp, runners_up
+from ffjax.strategies.search import Found, SearchResult
+
+
+def plan_of(
+    program: Program,
+    regions: Regions,
+    cluster: Cluster,
+    result: SearchResult,
+    best: Found,
+    budget: float,
+    strategy: str,
+    pins: Mapping[str, PartitionSpec],
+    seconds: dict[str, float],
+) -> Plan:
+    layout = best.layout
+    graph = regions.graph
+    model = CollectiveModel(best.mesh, cluster)
+    others = runners_up(best.problem, best.choice)
+    closures = len(program.closures)
+
+    def argument(position: int) -> Placement:
+        op = graph.ops[graph.arguments[position]]
+        value = graph.values[op.results[0]]
+        return Placement(path=op.label, shape=value.shape, dtype=value.dtype, spec=layout.home(value.id))
+
+    return Plan(
+        program=program.name,
+        fingerprint=fingerprint(regions, None if pins else result.keys),
+        cluster=cluster.name,
+        devices=cluster.devices,
+        strategy=strategy,
+        mesh=best.mesh,
+        axis_prices=model.axis_prices,
+        budget_bytes=budget,
+        pins={pattern: entries(spec) for pattern, spec in pins.items()},
+        args=tuple(argument(closures + i) for i in range(len(program.args))),
+        closures=tuple(argument(i) for i in range(closures)),
+        results=tuple(
+            Placement(path=leaf.path, shape=leaf.shape, dtype=leaf.dtype, spec=layout.operand(op, 0))
+            for leaf, op in zip(program.results, graph.outputs, strict=True)
+        ),
+        decisions=tuple(_decisions(regions, best, result.keys, others)),
+        estimate=estimate(layout, result.kernels, model, best.peak),
+        search=_search_report(result, best, seconds),
+        layout=layout,
+        described=cluster,
+    )
+
+
+def _decisions(regions: Regions, best: Found, keys: Sequence[str], others: Sequence[RunnerUp | None]) -> list[Decision]:
+    graph = regions.graph
+    families = members(keys)
+    decisions = []
+    for node, choice, other in zip(best.problem.nodes, best.choice, others, strict=True):
+        region = regions.regions[node.regions[0]]
+        if not region.sizes:
+            continue
+        names = [factor_name(i) for i in range(len(region.sizes))]
+        split, scatter = _describe(node.candidates[choice], names, best.mesh)
+        runner_up = "" if other is None else _text(*_describe(node.candidates[other.candidate], names, best.mesh))
+        where, what = subject(graph, region)
+        decisions.append(
+            Decision(
+                key=node.key,
+                where=where,
+                what=what,
+                members=len(families[node.key]),
+                factors=dict(zip(names, region.sizes, strict=True)),
+                split=split,
+                scatter=scatter,
+                seconds=float(node.cost_s[choice]),
+                runner_up=runner_up,
+                runner_up_extra_s=0.0 if other is None else other.extra_s,
+            )
+        )
+    return decisions
+
+
+def _describe(candidate: Assignment, names: Sequence[str], mesh: MeshShape) -> tuple[dict[str, str], dict[str, int]]:
+    split = {a: names[atom] for a, atom in zip(mesh.axes, candidate.atoms, strict=True) if atom != UNUSED}
+    scatter = {a: dim for a, dim in zip(mesh.axes, candidate.scatter, strict=True) if dim != UNUSED}
+    return split, scatter
+
+
+def _text(split: Mapping[str, str], scatter: Mapping[str, int]) -> str:
+    parts = [f"{a}:{f}" + (f"->dim {scatter[a]}" if a in scatter else "") for a, f in split.items()]
+    return " ".join(parts) or "whole"
+
+
+def subject(graph: Graph, region: Region) -> tuple[str, str]:
+    """The source line (or the path, of an argument) and the kind of a region's largest op."""
+
+    def size(op: Op) -> float:
+        return max((graph.values[v].bytes for v in op.results), default=0.0)
+
+    heaviest = max((graph.ops[i] for i in region.ops), key=size)
+    if not heaviest.results:
+        return heaviest.label, heaviest.kind
+    value = graph.values[heaviest.results[0]]
+    more = f" and {len(region.ops) - 1} more" if len(region.ops) > 1 else ""
+    return graph.source(heaviest), f"{heaviest.kind} {value.dtype}{list(value.shape)}{more}"
+
+
+def _search_report(result: SearchResult, best: Found, seconds: dict[str, float]) -> SearchReport:
+    exact = best.exact
+    return SearchReport(
+        seconds={**seconds, "total": sum(seconds.values())},
+        algorithm=("integer linear program" if exact else "integer linear programs in neighbourhoods")
+        + f", {best.strategy}",
+        candidates=sum(len(n.candidates) for n in best.problem.nodes),
+        lower_bound_s=best.bound_s,
+        gap=0.0 if best.step_s == 0 else (best.step_s - best.bound_s) / best.step_s,
+        stop="proved optimal for its mesh"
+        if exact and best.step_s - best.bound_s <= 1e-3 * best.step_s
+        else "no move improved",
+        competitors=tuple(
+            Competitor(strategy=f.strategy, mesh=str(f.mesh), step_s=f.step_s, peak_bytes=f.peak.bytes, fits=f.fits)
+            for f in result.found
+        ),
+    )

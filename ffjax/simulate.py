@@ -1,0 +1,46 @@
+"""Simulating a plan on the cluster that it was made for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.kernels import kernels
+from ffjax.cost.memory import MemoryModel, lifetimes
+from ffjax.cost.simulator import simulate
+from ffjax.cost.timeline import Timeline
+from ffjax.errors import ClusterError, PlanError
+from ffjax.plan import Plan
+
+
+def simulate_plan(plan: Plan, cluster: Cluster | None = None) -> Timeline:
+    """Simulates a plan that is bound; see `Plan.simulate`."""
+    layout = plan.bound
+    cluster = cluster or plan.described or _shipped_cluster(plan)
+    try:
+        model = CollectiveModel(plan.mesh, cluster)
+    except ClusterError as error:
+        raise PlanError(f"the plan of {plan.program!r} cannot be simulated: {error}") from error
+    if not np.allclose(model.axis_prices, plan.axis_prices, rtol=1e-6):
+        raise PlanError(
+            f"the plan of {plan.program!r} was made for other links than those of {cluster.name!r} with "
+            f"{cluster.hosts} x {cluster.devices_per_host} devices. Remedy: plan.simulate(cluster=...) with the one "
+            "that it was planned for."
+        )
+    regions = layout.regions
+    return simulate(layout, kernels(regions), model, MemoryModel(regions, lifetimes(regions.graph)))
+
+
+def _shipped_cluster(plan: Plan) -> Cluster:
+    """The cluster of a loaded plan: the shipped one of that name, with as many of its hosts as the devices make."""
+    if plan.cluster in Cluster.names():
+        cluster = Cluster.named(plan.cluster)
+        hosts, left = divmod(plan.devices, cluster.devices_per_host)
+        if not left:
+            return Cluster.named(plan.cluster, hosts=hosts)
+        return Cluster.named(plan.cluster, hosts=1, devices_per_host=plan.devices)
+    raise PlanError(
+        f"the plan of {plan.program!r} was made for the cluster {plan.cluster!r}, which is none of those shipped "
+        f"({', '.join(Cluster.names())}). Remedy: plan.simulate(cluster=ffjax.Cluster.load(path))."
+    )
