@@ -17,7 +17,8 @@ An all-reduce takes the better of ring and tree at each size; NCCL's double bina
 bandwidth at a logarithmic number of steps, so the envelope of both is close to the tree's alpha with the ring's beta
 (Jeaugey, "Massively scale your deep learning training with NCCL 2.4", 2019). Rates and steps of the rest: Thakur,
 Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH", 2005. Logarithms and messages in
-flight are rounded up. Where the cluster has a profile, alpha and beta are what was measured (`link_fits`). A collective is a kernel too: alpha has `Device.kernel_s` in it. A group of one costs nothing.
+flight are rounded up. Where the cluster has a profile, alpha and beta are what was measured (`link_fits`), scaled to
+other sizes of group. A collective is a kernel too: alpha has `Device.kernel_s` in it. A group of one costs nothing.
 """
 
 from __future__ import annotations

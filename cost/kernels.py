@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ffjax.cost.work import Work, work_of
 from ffjax.ir import compat
@@ -52,7 +52,7 @@ class Kernel:
     traffic: tuple[tuple[Dims, float], ...]
     iteration: tuple[int, ...]
     """The region's atoms that the op's work is spread over."""
-    work: Work = Work()
+    work: Work = field(default_factory=Work)
     """What it does at which sizes, where that is more than its counts."""
 
 

@@ -84,7 +84,9 @@ class OpTimes:
                 counted.append(kernel)
                 continue
             # Candidates that split the kernel's atoms alike run it at the same local shape.
-            atoms = tuple(sorted({a for dims, _ in kernel.traffic for dim in dims for a in dim} | set(kernel.iteration)))
+            atoms = tuple(
+                sorted({a for dims, _ in kernel.traffic for dim in dims for a in dim} | set(kernel.iteration))
+            )
             pieces, which = splits.distinct(atoms)
             seconds, nearness = self._priced(kernel, atoms, pieces)
             for code in np.unique(nearness):
@@ -104,7 +106,8 @@ class OpTimes:
         column = {atom: i for i, atom in enumerate(atoms)}
 
         def split(which: Sequence[int]) -> Floats:
-            return np.prod(pieces[:, sorted({column[a] for a in which})], axis=1)
+            pieces_of: Floats = np.prod(pieces[:, sorted({column[a] for a in which})], axis=1)
+            return pieces_of
 
         flops = kernel.flops / split(kernel.iteration)
         size = np.zeros(len(pieces))
@@ -125,10 +128,15 @@ class OpTimes:
         self._known[known] = found
         return found
 
+    def base_s(self, flops: float, size: float, kernel: Kernel) -> float:
+        """The roofline of one run of a kernel with these counts, and its launches."""
+        return float(self._base(np.array([flops]), np.array([size]), kernel)[0])
+
     def _base(self, flops: Floats, size: Floats, kernel: Kernel) -> Floats:
-        """The roofline of one run and its launches."""
         dtype = kernel.dtype if kernel.matmul else "float32"
-        return op_seconds(flops, size, dtype, self.device, matmul=kernel.matmul) + kernel.launches * self.device.kernel_s
+        return (
+            op_seconds(flops, size, dtype, self.device, matmul=kernel.matmul) + kernel.launches * self.device.kernel_s
+        )
 
     def _base_of(self, sample: Sample) -> float:
         matmul = sample.kind in (MATMUL, CONVOLUTION)

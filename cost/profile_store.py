@@ -23,6 +23,8 @@ DATABASE = Path.home() / ".cache" / "ffjax" / "profiles.sqlite"
 FORMAT = 1
 _WAIT_S = 60.0  # for another process's transaction
 
+_KEY = "kind, params, dtype, sizes, flops, bytes"
+_COMPILED = "compiled_flops, compiled_bytes"
 _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS samples (
         device_kind TEXT, jax TEXT, kind TEXT, params TEXT, dtype TEXT, sizes TEXT, flops REAL, bytes REAL,
@@ -62,12 +64,9 @@ class ProfileStore:
         analyses: list[Analysis] = []
         if self.path.exists():
             with self._open() as database:
-                which = "WHERE device_kind = ? AND jax = ? ORDER BY kind, params, dtype, sizes"
-                for kind, params, dtype, sizes, *rest in database.execute(
-                    "SELECT kind, params, dtype, sizes, flops, bytes, seconds, spread, runs, date FROM samples " + which,
-                    (device_kind, jax),
-                ):
-                    flops, size, seconds, spread, runs, date = rest
+                which, key = "WHERE device_kind = ? AND jax = ? ORDER BY kind, params, dtype, sizes", (device_kind, jax)
+                for row in database.execute(f"SELECT {_KEY}, seconds, spread, runs, date FROM samples {which}", key):
+                    kind, params, dtype, sizes, flops, size, seconds, spread, runs, date = row
                     samples.append(
                         Sample(
                             kind=kind,
@@ -82,11 +81,8 @@ class ProfileStore:
                             date=date,
                         )
                     )
-                for kind, params, dtype, sizes, flops, size, compiled_flops, compiled_bytes in database.execute(
-                    "SELECT kind, params, dtype, sizes, flops, bytes, compiled_flops, compiled_bytes FROM analyses "
-                    + which,
-                    (device_kind, jax),
-                ):
+                for row in database.execute(f"SELECT {_KEY}, {_COMPILED} FROM analyses {which}", key):
+                    kind, params, dtype, sizes, flops, size, compiled_flops, compiled_bytes = row
                     analyses.append(
                         Analysis(
                             kind=kind,
@@ -108,7 +104,9 @@ class ProfileStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ProfileError(f"cannot make the folder of {str(self.path)!r}: {error}. Remedy: name another.") from error
+            raise ProfileError(
+                f"cannot make the folder of {str(self.path)!r}: {error}. Remedy: name another."
+            ) from error
         with self._open(write=True) as database:
             for table, entries in (("samples", profile.samples), ("analyses", profile.analyses)):
                 rows = [_row(profile, entry) for entry in entries]
@@ -146,8 +144,8 @@ class ProfileStore:
                     )
         except sqlite3.OperationalError as error:
             raise ProfileError(
-                f"cannot {'write' if write else 'read'} the profile database {str(self.path)!r}: {error}. Remedy: check "
-                "that the file and its folder are yours and that no other process holds it, or name another database."
+                f"cannot {'write' if write else 'read'} the profile database {str(self.path)!r}: {error}. Remedy: "
+                "check that the file and its folder are yours and held by no other process, or name another database."
             ) from error
         except (sqlite3.DatabaseError, TypeError, ValueError) as error:
             if isinstance(error, ProfileError):
@@ -167,7 +165,7 @@ def open_profile(path: str | Path, device_kind: str, jax: str, *, accept_other: 
     path = Path(path)
     if not path.is_file():
         raise ProfileError(
-            f"there is no profile {str(path)!r}. Remedy: check the path, or measure one: ffjax profile --out {path.name}"
+            f"there is no profile {str(path)!r}. Remedy: check the path, or measure: ffjax profile --out {path.name}"
         )
     if path.suffix == ".toml":
         return load_text(path)

@@ -1,18 +1,18 @@
 """Profiles as small text files (TOML): one table for each kind of work, one line for each sample.
 
-    format = 1
-    device_kind = "NVIDIA H100 80GB HBM3"
-    jax = "0.11.0"
+format = 1
+device_kind = "NVIDIA H100 80GB HBM3"
+jax = "0.11.0"
 
-    [[ops]]
-    kind = "matmul"
-    dtype = "bfloat16"
-    # sizes..., flops, bytes, seconds, spread, runs, date
-    rows = [
-        [1, 4096, 4096, 4096, 137438953472, 100663296, 2.0e-4, 0.01, 30, "2026-01-31"],
-    ]
+[[ops]]
+kind = "matmul"
+dtype = "bfloat16"
+# sizes..., flops, bytes, seconds, spread, runs, date
+rows = [
+    [1, 4096, 4096, 4096, 137438953472, 100663296, 2.0e-4, 0.01, 30, "2026-01-31"],
+]
 
-    [[analyses]]  # the same, with rows of sizes..., flops, bytes, compiled flops, compiled bytes
+[[analyses]]  # the same, with rows of sizes..., flops, bytes, compiled flops, compiled bytes
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ class Profile:
 
     def __post_init__(self) -> None:
         ranks: dict[Key, int] = {}
-        for entry in (*self.samples, *self.analyses):
+        entries: tuple[Sample | Analysis, ...] = (*self.samples, *self.analyses)
+        for entry in entries:
             if ranks.setdefault(entry.key, len(entry.sizes)) != len(entry.sizes):
                 raise ProfileError(
                     f"profile {self.name!r}: {' '.join(filter(None, entry.key))} has entries of {ranks[entry.key]} and "

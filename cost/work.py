@@ -12,7 +12,7 @@ A size is a number and the atoms of the region that divide it, so one `Work` sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ffjax.ir import compat
@@ -25,8 +25,7 @@ STREAMS = frozenset({ELEMENTWISE, REDUCTION})
 # Work that is nothing but a copy: its time is that of its bytes.
 _COPIES = frozenset(
     ["dynamic_slice", "dynamic_update_slice", "slice", "concatenate", "split", "pad", "rev", "iota", "copy"]
-    + ["broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "convert_element_type", "select_n"]
-)
+).union(["broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "convert_element_type", "select_n"])
 _CONVOLUTION_PARAMS = ("window_strides", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
 
 
@@ -53,7 +52,7 @@ def work_of(graph: Graph, op: Op, dims: OpDims, *, fused: bool) -> Work:
     if op.kind == "dot_general":
         return Work(kind=MATMUL, dtype=dtype, sizes=_matmul(op, operands, dims))
     if op.kind == "conv_general_dilated":
-        params = " ".join(f"{name}={_text(op.eqn.params[name])}" for name in _CONVOLUTION_PARAMS)
+        params = convolution_params(op.eqn.params)
         return Work(kind=CONVOLUTION, params=params, dtype=dtype, sizes=_convolution(graph, op, operands, dims))
     if op.kind == "gather" or op.kind.startswith("scatter"):
         rows_of = dims.results[0] if op.kind == "gather" else dims.operands[2]
@@ -66,6 +65,15 @@ def work_of(graph: Graph, op: Op, dims: OpDims, *, fused: bool) -> Work:
         for index in range(len(shape))
     ]
     return Work(kind=op.kind, params=_params(op), dtype=dtype, sizes=tuple(sizes))
+
+
+def convolution_params(params: Mapping[str, object]) -> str:
+    """The geometry of a convolution that is not in its sizes; groups are 1 where they are not given.
+
+    >>> convolution_params({"window_strides": (2, 2), "lhs_dilation": (1, 1), "rhs_dilation": (1, 1)})
+    'window_strides=(2,2) lhs_dilation=(1,1) rhs_dilation=(1,1) feature_group_count=1 batch_group_count=1'
+    """
+    return " ".join(f"{name}={_text(params.get(name, 1))}" for name in _CONVOLUTION_PARAMS)
 
 
 def _matmul(op: Op, shapes: Sequence[tuple[int, ...]], dims: OpDims) -> tuple[tuple[float, tuple[int, ...]], ...]:

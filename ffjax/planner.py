@@ -235,6 +235,7 @@ def _report(
         decisions=tuple(_decisions(regions, best, result.keys, others)),
         estimate=estimate(layout, result.kernels, model, best.peak),
         search=_search_report(result, strategy, seconds),
+        profile="" if cluster.profile is None else f"{cluster.profile.name} {cluster.profile.digest}",
         layout=layout,
     )
 
