@@ -2,7 +2,7 @@
 
     flops_per_s[dtype] * matmul_efficiency   the rate that the upper tenth of that dtype's matmuls reaches
     memory_bytes_per_s * memory_efficiency   from the line seconds = launch + bytes / rate through the largest streams
-    kernel_s                                 the median of the smallest streams
+    kernel_s                                 what the line through the smaller streams leaves for no bytes
     vector_flops_per_s                       the elements a second of the fastest stream: never below what was seen
     link efficiency, latency_s               from the measured lines of collectives inside a host, and across
 
@@ -72,7 +72,8 @@ def _with_streams(device: Device, profile: Profile) -> Device:
     )
     if len(samples) < _FEW:
         return device
-    kernel_s = median(s.seconds for s in samples[:_FEW])
+    small = [s for s in samples if s.bytes < _LARGE_BYTES]
+    kernel_s = fit_line([(s.bytes, s.seconds) for s in small]).alpha_s if len(small) >= _FEW else samples[0].seconds
     vector = max(s.flops / s.seconds for s in samples)
     rate = _streaming_rate(samples)
     peak = max(device.memory_bytes_per_s, rate)
@@ -134,7 +135,7 @@ def cluster_text(cluster: Cluster) -> str:
         f'platform = "{device.platform}"',
         f"memory_bytes = {device.memory_bytes}",
         *(
-            f"{name} = {getattr(device, name):.4g}"
+            f"{name} = {getattr(device, name):.6g}"
             for name in (
                 "memory_bytes_per_s",
                 "vector_flops_per_s",
@@ -145,13 +146,13 @@ def cluster_text(cluster: Cluster) -> str:
         ),
         "",
         "[device.flops_per_s]",
-        *(f"{dtype} = {peak:.4g}" for dtype, peak in device.flops_per_s.items()),
+        *(f"{dtype} = {peak:.6g}" for dtype, peak in device.flops_per_s.items()),
     ]
     for link in cluster.links:
         lines += [
             "",
             "[[links]]",
             f'name = "{link.name}"',
-            *(f"{name} = {getattr(link, name):.4g}" for name in ("bytes_per_s", "efficiency", "latency_s")),
+            *(f"{name} = {getattr(link, name):.6g}" for name in ("bytes_per_s", "efficiency", "latency_s")),
         ]
     return "\n".join(lines) + "\n"

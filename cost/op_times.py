@@ -47,13 +47,14 @@ class OpTimes:
 
     def __init__(self, device: Device, profile: Profile | None = None) -> None:
         self.device = device
-        self._measured: dict[Key, Table] = {}
+        self._measured: dict[Key, tuple[Table, Floats]] = {}
         self._compiled: dict[Key, tuple[Table, Table]] = {}
         self._known: dict[tuple[object, ...], tuple[Floats, NDArray[np.int64]]] = {}
         if profile is None:
             return
         for key, samples in profile.ops().items():
-            self._measured[key] = _table(samples, lambda s: s.seconds / self._base_of(s))
+            ratios = _table(samples, lambda s: s.seconds / self._base_of(s))
+            self._measured[key] = (ratios, np.array([s.seconds for s in samples]))
         for key in dict.fromkeys(a.key for a in profile.analyses):
             alike = [a for a in profile.analyses if a.key == key and a.compiled_flops >= 0 and a.compiled_bytes > 0]
             if alike:
@@ -120,8 +121,12 @@ class OpTimes:
         )
         key = kernel.work.key
         if key in self._measured:
-            ratio, nearness = self._measured[key].at(sizes)
-            found = self._base(flops, size, kernel) * np.exp(ratio), nearness
+            ratios, measured = self._measured[key]
+            ratio, nearness, nearest = ratios.at(sizes)
+            between = self._base(flops, size, kernel) * np.exp(ratio)
+            # What streams inside another kernel's launch was never measured as it is.
+            exact = (nearness == Nearness.EXACT) & (kernel.launches > 0)
+            found = np.where(exact, measured[nearest], between), nearness
         else:
             more_flops, more_bytes = (np.exp(table.at(sizes)[0]) for table in self._compiled[key])
             found = self._base(flops * more_flops, size * more_bytes, kernel), np.full(len(pieces), -1, np.int64)

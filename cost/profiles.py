@@ -79,13 +79,13 @@ class Profile:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        ranks: dict[Key, int] = {}
+        ranks: dict[Key, int] = {(kind, "", ""): 4 for kind in COLLECTIVE_KINDS}
         entries: tuple[Sample | Analysis, ...] = (*self.samples, *self.analyses)
         for entry in entries:
             if ranks.setdefault(entry.key, len(entry.sizes)) != len(entry.sizes):
                 raise ProfileError(
-                    f"profile {self.name!r}: {' '.join(filter(None, entry.key))} has entries of {ranks[entry.key]} and "
-                    f"of {len(entry.sizes)} sizes. Remedy: restore the file, or measure again: ffjax profile."
+                    f"profile {self.name!r}: {' '.join(filter(None, entry.key))} has entries of {len(entry.sizes)} "
+                    f"sizes, expected {ranks[entry.key]}. Remedy: restore the file, or measure again: ffjax profile."
                 )
         for sample in self.samples:
             if not 0 < sample.seconds < float("inf") or any(not 0 <= s < float("inf") for s in sample.sizes):

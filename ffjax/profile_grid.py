@@ -96,7 +96,8 @@ def _attention(cluster: Cluster) -> Iterator[Case]:
     platform = cluster.device.platform
     for dtype, b, length, width in itertools.product(_DTYPES[platform], (8, 64, 512), (128, 512, 2048), (64, 128)):
         yield matmul_case(cluster, dtype, b, length, length, width)
-        yield matmul_case(cluster, dtype, b, length, width, length)
+        if length != width:
+            yield matmul_case(cluster, dtype, b, length, width, length)
 
 
 def _convolutions(cluster: Cluster) -> Iterator[Case]:
@@ -129,9 +130,9 @@ def _convolution(cluster: Cluster, dtype: str, batch: int, f_in: int, f_out: int
 
 def _streams(cluster: Cluster, kind: str) -> Iterator[Case]:
     largest = 24 if cluster.device.platform == "cpu" else 30
-    for exponent in range(14, largest + 1, 2):
+    for exponent in range(12, largest + 1, 2):
         count = 1 << exponent
-        rows = (count // 1024, 1024)
+        rows = (count // 256, 256)
         size = 4.0 * (3 * count if kind == ELEMENTWISE else count + rows[0])
         yield Case(
             kind=kind,
