@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from ffjax.cost import profile_store
 from ffjax.cost.meshes import AxisGroup, axis_group, candidate_meshes
+from ffjax.cost.profiles import Profile, jax_version, machine_kind
 from ffjax.cost.timeline import COMPUTE
 from ffjax.cost.toml_fields import Fields, did_you_mean
 from ffjax.errors import ClusterError
@@ -162,6 +164,7 @@ class Cluster:
     reduce_scatter: bool  # whether the platform's compiler makes reduce-scatters out of all-reduce + slice
     target_config: str | None = None  # text proto that XLA compiles for without a device
     async_collectives: bool = False  # whether collectives run beside kernels, or hold them up
+    profile: Profile | None = None  # what was measured on such devices; see `with_profile`
 
     def __post_init__(self) -> None:
         for name in ("hosts", "devices_per_host"):
@@ -187,6 +190,24 @@ class Cluster:
     @property
     def devices(self) -> int:
         return self.hosts * self.devices_per_host
+
+    @property
+    def machine_kind(self) -> str:
+        """The kind of device under which profiles are kept; a CPU's names the machine."""
+        return machine_kind(self.device.kind, self.device.platform, self.devices_per_host)
+
+    def with_profile(self, profile: Profile | str | Path, *, accept_other: bool = False) -> Cluster:
+        """This cluster with measured costs, its figures calibrated by them (`ffjax.cost.calibrate`).
+
+        Args:
+          profile: one, or the path of one: a text file (.toml), or a database that `ffjax profile` writes.
+          accept_other: whether to use, with a warning, one of another kind of device or another version of jax.
+
+        Raises ProfileError for one that is missing, damaged, or of another device or jax and not accepted.
+        """
+        from ffjax.cost.calibrate import with_profile  # which knows clusters
+
+        return with_profile(self, profile, accept_other=accept_other)
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -229,8 +250,9 @@ class Cluster:
     def local(cls, devices: Sequence[jax.Device] | None = None) -> Cluster:
         """What is attached here: `jax.devices()` of the default backend, or some of them, one host for each process.
 
-        A device's memory is what its allocator may take, where that is known. Raises ClusterError for a kind of
-        device that no shipped cluster describes.
+        A device's memory is what its allocator may take, where that is known. On one host, what `ffjax profile`
+        measured here with this jax is used; several hosts must agree on their costs, so there pass `with_profile` the
+        same file on each. Raises ClusterError for a kind of device that no shipped cluster describes.
         """
         import jax
 
@@ -250,7 +272,8 @@ class Cluster:
                 device = dataclasses.replace(
                     cluster.device, kind=kind, memory_bytes=limit if limit > 0 else cluster.device.memory_bytes
                 )
-                return dataclasses.replace(cluster, device=device)
+                cluster = dataclasses.replace(cluster, device=device)
+                return _as_measured_here(cluster) if hosts == 1 else cluster
         raise ClusterError(
             f"no shipped cluster describes the device kind {kind!r} (known: {', '.join(cls.names())}); describe it in "
             f"a TOML file like those and pass Cluster.load(path)"
@@ -300,6 +323,14 @@ class Cluster:
                 "its version must match jaxlib's; run: pip install --upgrade 'ffjax[gpu-compile]'"
             ) from e
         return tuple(topology.devices)
+
+
+def _as_measured_here(cluster: Cluster) -> Cluster:
+    """With the measurements of this machine, if there are any of its kind of device under this jax."""
+    if not profile_store.DATABASE.is_file():
+        return cluster
+    profile = profile_store.ProfileStore(profile_store.DATABASE).profile(cluster.machine_kind, jax_version())
+    return cluster.with_profile(profile) if profile.samples else cluster
 
 
 def _shipped() -> Traversable:

@@ -17,7 +17,8 @@ An all-reduce takes the better of ring and tree at each size; NCCL's double bina
 bandwidth at a logarithmic number of steps, so the envelope of both is close to the tree's alpha with the ring's beta
 (Jeaugey, "Massively scale your deep learning training with NCCL 2.4", 2019). Rates and steps of the rest: Thakur,
 Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH", 2005. Logarithms and messages in
-flight are rounded up. A collective is a kernel too: alpha has `Device.kernel_s` in it. A group of one costs nothing.
+flight are rounded up. Where the cluster has a profile, alpha and beta are what was measured (`link_fits`), scaled to
+other sizes of group. A collective is a kernel too: alpha has `Device.kernel_s` in it. A group of one costs nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import functools
 import math
 
 from ffjax.cost.cluster import Cluster, Link
+from ffjax.cost.link_fits import lie, link_fits
 from ffjax.cost.meshes import AxisGroup
+from ffjax.cost.op_times import Source
 from ffjax.errors import ClusterError
 from ffjax.ir.spec import COLLECTIVE_KINDS, Collective, CollectiveKind, MeshShape
 
@@ -56,8 +59,12 @@ class CollectiveModel:
         key = (kind, axes)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = group_coefficients(kind, self.group(axes), self.cluster)
+            found = self._known[key] = priced(kind, self.group(axes), self.cluster)[:2]
         return found
+
+    def source(self, collective: Collective) -> Source:
+        """Where the seconds of a collective are from."""
+        return priced(collective.kind, self.group(collective.axes), self.cluster)[2]
 
     @property
     def axis_prices(self) -> tuple[float, ...]:
@@ -96,15 +103,45 @@ def _model(mesh: MeshShape, cluster: Cluster) -> CollectiveModel:
     return CollectiveModel(mesh, cluster)
 
 
-def group_coefficients(kind: CollectiveKind, group: AxisGroup, cluster: Cluster) -> tuple[float, float]:
-    """`(alpha_s, beta_s_per_byte)` of a collective over groups that lie on the hosts so."""
+def priced(kind: CollectiveKind, group: AxisGroup, cluster: Cluster) -> tuple[float, float, Source]:
+    """Alpha, beta and where they are from: measured on such a group, scaled from another one, or described."""
+    alpha, beta = described_coefficients(kind, group, cluster)
+    if cluster.profile is None or group.devices == 1:
+        return alpha, beta, "counted"
+    kind = _formed(kind, cluster)
+    fits = link_fits(cluster.profile)
+    wanted = lie(group)
+    if exact := fits.get((kind, wanted)):
+        return exact.alpha_s, exact.beta_s_per_byte, "measured"
+    crosses = (wanted.crosses_hosts, wanted.shares_host)
+    alike = [at for known, at in fits if known == kind and (at.crosses_hosts, at.shares_host) == crosses]
+    if not alike:
+        return alpha, beta, "counted"
+    # What is measured of one size of group is off the description by some factor: so are the other sizes.
+    near = min(alike, key=lambda at: (abs(math.log(at.devices / wanted.devices)), at))
+    there = described_coefficients(kind, AxisGroup(**near._asdict(), groups_per_host=1), cluster)
+    line = fits[kind, near]
+    between = min(at.devices for at in alike) <= wanted.devices <= max(at.devices for at in alike)
+    return (
+        alpha * line.alpha_s / there[0] if there[0] else alpha,
+        beta * line.beta_s_per_byte / there[1],
+        "interpolated" if between else "extrapolated",
+    )
+
+
+def _formed(kind: CollectiveKind, cluster: Cluster) -> CollectiveKind:
+    """The collective that the platform's compiler makes of one."""
+    return "all_reduce" if kind == "reduce_scatter" and not cluster.reduce_scatter else kind
+
+
+def described_coefficients(kind: CollectiveKind, group: AxisGroup, cluster: Cluster) -> tuple[float, float]:
+    """`(alpha_s, beta_s_per_byte)` by the module's formulas, of groups that lie on the hosts so."""
     if kind not in COLLECTIVE_KINDS:
         raise ClusterError(f"unknown collective {kind!r}; known: {', '.join(COLLECTIVE_KINDS)}")
     n, h, d = group.devices, group.hosts, group.devices_per_host
     if n == 1:
         return 0.0, 0.0
-    if kind == "reduce_scatter" and not cluster.reduce_scatter:
-        kind = "all_reduce"
+    kind = _formed(kind, cluster)
     inner, outer = cluster.links[0], cluster.links[-1]
     launch_s = cluster.device.kernel_s
     match kind:

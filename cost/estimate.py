@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.memory import Peak
-from ffjax.cost.region_costs import Splits, compute_seconds
+from ffjax.cost.op_times import SOURCES, op_times
+from ffjax.cost.region_costs import Splits
 from ffjax.cost.simulator import Simulated
 from ffjax.cost.timeline import Timeline
 from ffjax.ir.layout import Layout
@@ -42,6 +43,8 @@ class Estimate:
     collectives: tuple[CollectiveTotal, ...]
     largest: tuple[tuple[str, float], ...] = ()
     """The largest arrays that are live at the peak, and their bytes."""
+    sources: dict[str, float] = field(default_factory=dict)
+    """Where the seconds are from, each source's share of compute and communication together (`OpTimes`)."""
 
 
 def estimate(
@@ -60,15 +63,22 @@ def estimate(
     for kernel in kernels:
         by_region.setdefault(kernel.region, []).append(kernel)
     compute_s = 0.0
+    sources: dict[str, float] = {}
+    times = op_times(model.cluster)
     for index, own in by_region.items():
         splits = Splits(layout.regions.regions[index], [layout.assignments[index]], model)
-        compute_s += float(compute_seconds(own, splits, model)[0])
+        for source, seconds in times.by_source(own, splits).items():
+            compute_s += float(seconds[0])
+            sources[source] = sources.get(source, 0.0) + float(seconds[0])
     totals: dict[tuple[CollectiveKind, tuple[str, ...]], list[float]] = {}
     for planned in layout.collectives():
         entry = totals.setdefault((planned.collective.kind, planned.collective.axes), [0.0, 0.0, 0.0])
         entry[0] += planned.count
         entry[1] += planned.count * planned.collective.bytes
-        entry[2] += planned.count * model.seconds(planned.collective)
+        seconds_ = planned.count * model.seconds(planned.collective)
+        entry[2] += seconds_
+        origin = model.source(planned.collective)
+        sources[origin] = sources.get(origin, 0.0) + seconds_
     comm_s = float(sum(entry[2] for entry in totals.values()))
     return Estimate(
         step_s=compute_s + comm_s if simulated is None else simulated.step_s,
@@ -81,4 +91,10 @@ def estimate(
             for (kind, axes), (count, size, seconds) in sorted(totals.items(), key=lambda e: -e[1][2])
         ),
         largest=peak.live,
+        sources=_shares(sources),
     )
+
+
+def _shares(seconds: dict[str, float]) -> dict[str, float]:
+    total = sum(seconds.values())
+    return {s: round(seconds[s] / total, 4) for s in SOURCES if seconds.get(s, 0.0) > 0}

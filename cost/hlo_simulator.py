@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.collectives import group_coefficients
+from ffjax.cost.collectives import priced
 from ffjax.cost.hlo_collectives import HloCollective, collective_of, source_of, trip_count
 from ffjax.cost.hlo_costs import work_of
 from ffjax.cost.hlo_module import Computation, Instruction, Module
@@ -142,7 +142,7 @@ class _Run:
         group = _group(collective, self.cluster.devices_per_host)
         if group.devices == 1:
             return _NOTHING
-        alpha_s, beta_s_per_byte = group_coefficients(collective.kind, group, self.cluster)
+        alpha_s, beta_s_per_byte, _ = priced(collective.kind, group, self.cluster)
         seconds = alpha_s + beta_s_per_byte * collective.bytes
         link = self.cluster.links[-1 if group.crosses_hosts else 0].name
         axes = "*".join(collective.axes(self.mesh))

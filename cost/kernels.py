@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ffjax.cost.work import Work, work_of
 from ffjax.ir import compat
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.regions import Dims, Regions, is_light, is_reduction
@@ -51,6 +52,8 @@ class Kernel:
     traffic: tuple[tuple[Dims, float], ...]
     iteration: tuple[int, ...]
     """The region's atoms that the op's work is spread over."""
+    work: Work = field(default_factory=Work)
+    """What it does at which sizes, where that is more than its counts."""
 
 
 def kernels(regions: Regions) -> list[Kernel]:
@@ -99,6 +102,7 @@ def kernels(regions: Regions) -> list[Kernel]:
                     launches=1 if not fusible(op) or any(in_memory[v] for v in op.results) else 0,
                     traffic=traffic,
                     iteration=iteration,
+                    work=work_of(graph, op, dims, fused=fusible(op)),
                 )
             )
     return sorted(made, key=lambda k: k.op)
@@ -111,7 +115,7 @@ def by_family(kernels: Sequence[Kernel], keys: Sequence[str]) -> dict[str, list[
     """
     alike: dict[tuple[object, ...], tuple[Kernel, float]] = {}
     for k in kernels:
-        key = (keys[k.region], k.flops, k.matmul, k.dtype, k.launches, k.traffic, k.iteration)
+        key = (keys[k.region], k.flops, k.matmul, k.dtype, k.launches, k.traffic, k.iteration, k.work)
         first, trips = alike.get(key, (k, 0.0))
         alike[key] = (first, trips + k.trips)
     families: dict[str, list[Kernel]] = {}

@@ -1,6 +1,6 @@
 """Seconds of each region under each of its candidates: kernels at their local shapes, and reductions.
 
-    node(r, c) = sum over kernels k of r:  trips * (roofline(flops / splits, local bytes) + launches * kernel_s)
+    node(r, c) = sum over kernels k of r:  trips * seconds at the local shape (`ffjax.cost.op_times`)
                + sum over ops o of r that reduce over split atoms:  trips * collective(all_reduce | reduce_scatter)
 
 A kernel's work is spread over every atom that it iterates over, reduced ones included.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.roofline import op_seconds
+from ffjax.cost.op_times import op_times
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.regions import Dims, Region, Regions
 
@@ -33,6 +33,7 @@ class Splits:
             # Unused axes write to the spare last column, which nobody reads.
             np.multiply.at(self.counts, (rows, atoms[:, axis]), float(size))
         self._cache: dict[tuple[int, ...], Floats] = {}
+        self._distinct: dict[tuple[int, ...], tuple[Floats, NDArray[np.intp]]] = {}
 
     def of(self, atoms: Sequence[int]) -> Floats:
         """For each candidate into how many pieces these atoms are split together."""
@@ -42,41 +43,21 @@ class Splits:
             found = self._cache[key] = np.prod(self.counts[:, list(key)], axis=1) if key else np.ones(len(self.counts))
         return found
 
+    def distinct(self, atoms: tuple[int, ...]) -> tuple[Floats, NDArray[np.intp]]:
+        """The different ways in which candidates split these atoms, one row each, and for each candidate its row."""
+        found = self._distinct.get(atoms)
+        if found is None:
+            rows, which = np.unique(self.counts[:, list(atoms)], axis=0, return_inverse=True)
+            found = self._distinct[atoms] = (rows, which.reshape(-1))
+        return found
+
     def of_dims(self, dims: Dims) -> Floats:
         return self.of([a for dim in dims for a in dim])
 
 
 def compute_seconds(kernels: Sequence[Kernel], splits: Splits, model: CollectiveModel) -> Floats:
     """For each candidate the seconds of a region's kernels in one step."""
-    device = model.cluster.device
-    total = np.zeros(len(splits.counts))
-    # Elementwise kernels of one region differ in little else than bytes: add up what is split alike.
-    work: dict[tuple[int, ...], list[float]] = {}
-    streams: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
-    for kernel in kernels:
-        if kernel.matmul:
-            traffic = np.zeros(len(total))
-            for port, whole in kernel.traffic:
-                traffic += whole / splits.of_dims(port)
-            flops = kernel.flops / splits.of(kernel.iteration)
-            seconds = op_seconds(flops, traffic, kernel.dtype, device, matmul=True) + device.kernel_s
-            total += kernel.trips * seconds
-            continue
-        spread = tuple(sorted(kernel.iteration))
-        entry = work.setdefault(spread, [0.0, 0.0])
-        entry[0] += kernel.trips * kernel.flops
-        entry[1] += kernel.trips * kernel.launches
-        alike = streams.setdefault(spread, {})
-        for dims, size in kernel.traffic:
-            key = tuple(sorted({a for dim in dims for a in dim}))
-            alike[key] = alike.get(key, 0.0) + kernel.trips * size
-    for spread, (arithmetic, launches) in work.items():
-        traffic = np.zeros(len(total))
-        for atoms, size in streams[spread].items():
-            traffic += size / splits.of(atoms)
-        total += op_seconds(arithmetic / splits.of(spread), traffic, "float32", device, matmul=False)
-        total += launches * device.kernel_s
-    return total
+    return op_times(model.cluster).seconds(kernels, splits)
 
 
 def reduction_seconds(

@@ -6,6 +6,7 @@ Exit status: 0 if all is well, 1 where plans differ (`diff`) or loss curves do (
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import click
@@ -17,7 +18,8 @@ from rich.table import Table
 import ffjax
 from ffjax import planner
 from ffjax import verify as verifying
-from ffjax.cli_options import Question, with_question
+from ffjax.cli_options import LOCAL, Question, cluster_named, settings_of, with_question
+from ffjax.cli_profile import cases_for, check_kinds, here_as, run_profile
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.timeline import writer
 from ffjax.demo import agree, report, run_demo, verdict
@@ -26,6 +28,7 @@ from ffjax.explain import bytes_text, seconds_text, short_source
 from ffjax.plan import Competitor, Plan
 from ffjax.strategies import all_strategies
 from ffjax.strategies.search import AUTO, MOST_AXES
+from ffjax.targets import load_target
 
 PLAIN_WIDTH = 160
 """Of tables that go to no terminal."""
@@ -259,6 +262,82 @@ def simulate(asked: Question, strategy: str, out: str | None) -> None:
     if out is not None:
         timeline.save(out)
         click.echo(f"\nwritten to {out}", err=True)
+
+
+@main.command()
+@click.argument("target", metavar="[FILE.py:FUNCTION]", required=False)
+@click.option("--cluster", default=LOCAL, show_default=True, help="Whose plans matter: as for `plan`.")
+@click.option("--hosts", type=click.IntRange(min=1), help="Hosts of that cluster, in place of its own number.")
+@click.option("--devices-per-host", type=click.IntRange(min=1), help="Devices of each host, likewise.")
+@click.option("--plan", "plan_file", metavar="PLAN.json", help="Only the local shapes of this plan of the target.")
+@click.option("--args", "args_from", metavar="FUNCTION", help="Gives the arguments' shapes, as example_args.")
+@click.option("--preset", help="A class method of the module's Config, such as gpt2.")
+@click.option("--set", "settings", multiple=True, callback=settings_of, metavar="FIELD=VALUE", help="Of the Config.")
+@click.option("--donate", multiple=True, type=int, help="An argument that the step replaces, by its number.")
+@click.option("--only", multiple=True, callback=check_kinds, help="Kinds of work; by default all.")
+@click.option("--grid/--no-grid", default=True, help="Sizes that any program may have, after the target's.")
+@click.option("--analyse", is_flag=True, help="Times nothing: asks XLA's cost analysis of the target's ops.")
+@click.option("--seconds", default=300.0, show_default=True, type=click.FloatRange(min=1), help="When to stop.")
+@click.option("--database", help="Where to keep it; by default where Cluster.local() looks.")
+@click.option("--out", help="A text file (.toml) for all that is known of this kind of device and jax.")
+@click.option("--cluster-out", help="A cluster file (.toml) with figures fitted to it.")
+def profile(
+    target: str | None,
+    cluster: str,
+    hosts: int | None,
+    devices_per_host: int | None,
+    plan_file: str | None,
+    args_from: str | None,
+    preset: str | None,
+    settings: dict[str, str],
+    donate: tuple[int, ...],
+    only: Sequence[str],
+    grid: bool,
+    analyse: bool,
+    seconds: float,
+    database: str | None,
+    out: str | None,
+    cluster_out: str | None,
+) -> None:
+    """Measures the devices that are here: ops and collectives, for plans by measured costs.
+
+    With a target the ops of its plans come first, at the local shapes that they have there. Results are added to a
+    database; plans use it by themselves for the local devices, and elsewhere with --profile.
+
+    \b
+    ffjax profile --out h100.toml --cluster-out my-h100.toml
+    ffjax profile examples/gpt.py:train_step --cluster h100 --hosts 8 --preset gpt2 --no-grid
+    """
+    if plan_file is not None and target is None:
+        raise click.UsageError(
+            "--plan needs the target that it is a plan of: ffjax profile FILE.py:FUNCTION --plan ..."
+        )
+    wanted = cluster_named(cluster, hosts, devices_per_host)
+    here = here_as(wanted, timed=not analyse)
+    loaded = None if target is None else load_target(target, args=args_from, preset=preset, settings=settings)
+    with _progress() as tell:
+        cases = cases_for(
+            loaded,
+            dataclasses.replace(wanted, profile=None),
+            here,
+            plan=plan_file,
+            only=only,
+            with_grid=grid and not analyse,
+            donate=donate,
+            progress=tell,
+        )
+    for line in run_profile(
+        cases,
+        here,
+        seconds=seconds,
+        timed=not analyse,
+        analysed=analyse,
+        database=database,
+        out=out,
+        cluster_out=cluster_out,
+        progress=_progress(),
+    ):
+        click.echo(line)
 
 
 @main.command()

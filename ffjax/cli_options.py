@@ -57,7 +57,8 @@ def _pins(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> d
     return pins
 
 
-def _settings(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> dict[str, str]:
+def settings_of(ctx: click.Context, param: click.Parameter, texts: Sequence[str]) -> dict[str, str]:
+    """`layers=48`, any number of times."""
     settings: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -84,6 +85,8 @@ _OPTIONS = (
     click.option("--cluster", required=True, help="A shipped cluster, a TOML file, or 'local': what JAX sees here."),
     click.option("--hosts", type=click.IntRange(min=1), help="Hosts of the cluster, in place of its own number."),
     click.option("--devices-per-host", type=click.IntRange(min=1), help="Devices of each host, likewise."),
+    click.option("--profile", "profile_file", help="Measured costs: a file of `ffjax profile`, text or database."),
+    click.option("--accept-other-profile", is_flag=True, help="Use it though of another device or jax; warns."),
     click.option("--memory", help="What one device may hold, such as 70GiB; by default all that it has."),
     click.option("--mesh", callback=_mesh, metavar="x=8,y=8", help="The mesh; by default meshes are searched too."),
     click.option(
@@ -92,7 +95,7 @@ _OPTIONS = (
     click.option("--args", "args_from", metavar="FUNCTION", help="Gives the arguments' shapes, as example_args."),
     click.option("--preset", help="A class method of the module's Config, such as gpt2."),
     click.option(
-        "--set", "settings", multiple=True, callback=_settings, metavar="FIELD=VALUE", help="A field of the Config."
+        "--set", "settings", multiple=True, callback=settings_of, metavar="FIELD=VALUE", help="A field of the Config."
     ),
     click.option("--donate", multiple=True, type=int, help="An argument that the step replaces, by its number."),
 )
@@ -107,6 +110,8 @@ def with_question(command: Callable[Concatenate[Question, P], R]) -> Callable[..
         cluster: str,
         hosts: int | None,
         devices_per_host: int | None,
+        profile_file: str | None,
+        accept_other_profile: bool,
         memory: str | None,
         mesh: dict[str, int] | None,
         pins: dict[str, PartitionSpec],
@@ -120,7 +125,9 @@ def with_question(command: Callable[Concatenate[Question, P], R]) -> Callable[..
         # A plan for a cluster that is not here needs no device, and must not take hold of one.
         if cluster != LOCAL and not jax.config.jax_platforms:  # type: ignore[attr-defined]  # made at run time
             jax.config.update("jax_platforms", "cpu")
-        described = _cluster(cluster, hosts, devices_per_host)
+        described = cluster_named(cluster, hosts, devices_per_host)
+        if profile_file is not None:
+            described = described.with_profile(profile_file, accept_other=accept_other_profile)
         loaded = load_target(target, args=args_from, preset=preset, settings=settings)
         asked = Question(target=loaded, cluster=described, memory=memory, mesh=mesh, pins=pins, donate=donate)
         return command(asked, *args, **kwargs)
@@ -130,7 +137,8 @@ def with_question(command: Callable[Concatenate[Question, P], R]) -> Callable[..
     return wrapped
 
 
-def _cluster(text: str, hosts: int | None, devices_per_host: int | None) -> Cluster:
+def cluster_named(text: str, hosts: int | None = None, devices_per_host: int | None = None) -> Cluster:
+    """What `--cluster` means."""
     counts = {"hosts": hosts, "devices_per_host": devices_per_host}
     given = {name: count for name, count in counts.items() if count is not None}
     if text == LOCAL:

@@ -11,6 +11,10 @@ class ClusterError(FfjaxError, ValueError):
     """A cluster that is unknown, badly described, or not what is attached here."""
 
 
+class ProfileError(FfjaxError, ValueError):
+    """A profile that is damaged, of other devices, or measured under another jax."""
+
+
 class PlanError(FfjaxError, ValueError):
     """A plan that cannot be found, read or carried out."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ffjax.ir.spec import format_spec
 from ffjax.plan import Decision, Placement, Plan
@@ -23,6 +23,8 @@ def explain(plan: Plan, *, details: bool = False) -> str:
         f"  peak {bytes_text(figures.peak_bytes)} of {bytes_text(plan.budget_bytes)} per device",
         f"  found by {search.algorithm} in {search.seconds.get('total', 0.0):.1f}s: "
         f"bound {seconds_text(search.lower_bound_s)}, gap {search.gap:.2%}, {search.stop}",
+        *([f"  measured costs from {plan.profile}"] if plan.profile else []),
+        *([f"  seconds are {_shares(figures.sources)}"] if plan.profile or details else []),
         "",
         "collectives of one step, per device",
     ]
@@ -105,6 +107,10 @@ def diff(a: Plan, b: Plan) -> str:
         change("step", seconds_text(a.estimate.step_s), seconds_text(b.estimate.step_s))
         change("peak", bytes_text(a.estimate.peak_bytes), bytes_text(b.estimate.peak_bytes))
     return "\n".join(lines) + "\n" * bool(lines)
+
+
+def _shares(sources: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.0%} {source}" for source, share in sources.items()) or "none"
 
 
 def _placed(placement: Placement) -> str:

@@ -125,6 +125,8 @@ class Plan:
     decisions: tuple[Decision, ...]
     estimate: Estimate
     search: SearchReport
+    profile: str = ""
+    """The measurements that it was priced by: name and hash; empty if none were."""
     layout: Layout | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
     """The plan on its program; None for a loaded plan that is not bound yet."""
     described: Cluster | None = field(default=None, compare=False, repr=False, metadata={"plain": False})

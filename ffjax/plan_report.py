@@ -64,6 +64,7 @@ def plan_of(
         decisions=tuple(_decisions(regions, best, result.keys, others)),
         estimate=estimate(layout, result.kernels, model, best.peak),
         search=_search_report(result, best, seconds),
+        profile="" if cluster.profile is None else f"{cluster.profile.name} {cluster.profile.digest}",
         layout=layout,
         described=cluster,
     )

@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import jax
 import pytest
 
+from ffjax.cost import profile_store
 from ffjax.ir.spec import MeshShape
 from ffjax.testing import fake_devices
 
@@ -19,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: a part of a matrix that only --full runs")
+    # What somebody measured on this machine must not change what tests see.
+    profile_store.DATABASE = Path(tempfile.gettempdir()) / "ffjax-tests-have-no-profiles.sqlite"
     fake_devices(8, cpu_only=not config.getoption("--gpu"))
 
 
