@@ -26,7 +26,7 @@ from ffjax.cost.memory import MemoryModel
 from ffjax.cost.schedule import Schedule
 from ffjax.cost.streams import Entry, Event, Inside, Issue, Run, State, idle, play
 from ffjax.cost.task_costs import TICKS_PER_S, Copy, Hop, TaskCosts
-from ffjax.cost.task_graph import Read, build_task_graph
+from ffjax.cost.task_graph import Read, TaskGraph, build_task_graph
 from ffjax.cost.timeline import Timeline
 from ffjax.ir.assignment import Assignment
 from ffjax.ir.layout import Layout
@@ -65,6 +65,7 @@ class Simulator:
       model: the mesh, the cluster and its collectives. Collectives are asynchronous where
         `Cluster.async_collectives` says so.
       axis_prices: as in `Layout`; by default the model's.
+      tasks: of the same program (`build_task_graph`), if they are known: they are the same on every mesh.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Simulator:
         kernels: Sequence[Kernel],
         model: CollectiveModel,
         axis_prices: tuple[float, ...] | None = None,
+        tasks: TaskGraph | None = None,
     ) -> None:
         self.regions, self.model = regions, model
         self.overlap = model.cluster.async_collectives
         self.axis_prices = model.axis_prices if axis_prices is None else axis_prices
-        self.tasks = build_task_graph(regions, kernels)
+        self.tasks = build_task_graph(regions, kernels) if tasks is None else tasks
         self._costs = TaskCosts(regions, kernels, model, self.tasks)
         self._kernel_ops = [[k.op for k in own] for own in self._costs.own]
         self._reads_of: list[list[int]] = [[] for _ in regions.regions]
@@ -277,9 +279,16 @@ def _starts(elapsed: Sequence[int]) -> list[int]:
 
 
 def simulate(
-    layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, memory: MemoryModel | None = None
+    layout: Layout,
+    kernels: Sequence[Kernel],
+    model: CollectiveModel,
+    memory: MemoryModel | None = None,
+    tasks: TaskGraph | None = None,
 ) -> Timeline:
-    """Simulates one layout from the beginning. For many layouts of a program on one mesh, make a `Simulator`."""
-    simulator = Simulator(layout.regions, kernels, model, layout.axis_prices)
+    """Simulates one layout from the beginning. For many layouts of a program on one mesh, make a `Simulator`.
+
+    `memory`: for what is live when; `tasks`: see `Simulator`.
+    """
+    simulator = Simulator(layout.regions, kernels, model, layout.axis_prices, tasks)
     simulator.run(layout.assignments)
     return simulator.timeline(memory)
