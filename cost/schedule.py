@@ -42,26 +42,31 @@ class Schedule:
         self.inner = block.inner
         self._bounds = [START, *(s[0] for s in self.segments[1:])]
         self._wait_at = tasks.wait_at
-        self._issued: list[dict[Point, tuple[int, Issue]]] = [{} for _ in self.segments]
-        self._waits: dict[int, dict[Point, None]] = {}
-        self._moved: dict[int, int] = {}
-        self.dirty = set(range(len(self.segments)))
         # By port of the block, in the order of ops.
         self._index = {port: i for i, port in enumerate(block.ports)}
         count = len(block.ports)
         self._ports = block.ports
         self._read_at = np.array([3 * op_of[p] + BEFORE for p in block.ports], dtype=np.int64)
         self._early, self._late = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        self._blocked = np.zeros(count, np.int64)
-        self._bytes, self._active = np.zeros(count), np.zeros(count, bool)
-        self._place = np.full(count, _NOWHERE, np.int64)
-        self._copies: dict[int, tuple[Issue, tuple[int, ...]]] = {}
         self._blocks: dict[int, list[int]] = {}
         for read in reads:
             own = [self._index[p] for p in read.ports]
             self._early[own], self._late[own] = read.early, read.late
             for port in read.chain:
                 self._blocks.setdefault(port, []).extend(own)
+        self.clear()
+
+    def clear(self) -> None:
+        """No collectives at all."""
+        count = len(self._ports)
+        self._blocked = np.zeros(count, np.int64)
+        self._bytes, self._active = np.zeros(count), np.zeros(count, bool)
+        self._place = np.full(count, _NOWHERE, np.int64)
+        self._copies: dict[int, tuple[Issue, tuple[int, ...]]] = {}
+        self._issued: list[dict[Point, tuple[int, Issue]]] = [{} for _ in self.segments]
+        self._waits: dict[int, dict[Point, None]] = {}
+        self._moved: dict[int, int] = {}
+        self.dirty = set(range(len(self.segments)))
 
     def segment_of(self, position: int) -> int:
         return bisect.bisect_right(self._bounds, position // 3) - 1

@@ -26,7 +26,7 @@ from ffjax.cost.memory import MemoryModel
 from ffjax.cost.schedule import Schedule
 from ffjax.cost.streams import Entry, Event, Inside, Issue, Run, State, idle, play
 from ffjax.cost.task_costs import TICKS_PER_S, Copy, Hop, TaskCosts
-from ffjax.cost.task_graph import build_task_graph
+from ffjax.cost.task_graph import Read, TaskGraph, build_task_graph
 from ffjax.cost.timeline import Timeline
 from ffjax.ir.assignment import Assignment
 from ffjax.ir.layout import Layout
@@ -65,6 +65,7 @@ class Simulator:
       model: the mesh, the cluster and its collectives. Collectives are asynchronous where
         `Cluster.async_collectives` says so.
       axis_prices: as in `Layout`; by default the model's.
+      tasks: of the same program (`build_task_graph`), if they are known: they are the same on every mesh.
     """
 
     def __init__(
@@ -73,13 +74,14 @@ class Simulator:
         kernels: Sequence[Kernel],
         model: CollectiveModel,
         axis_prices: tuple[float, ...] | None = None,
+        tasks: TaskGraph | None = None,
     ) -> None:
         self.regions, self.model = regions, model
         self.overlap = model.cluster.async_collectives
         self.axis_prices = model.axis_prices if axis_prices is None else axis_prices
-        self.tasks = build_task_graph(regions, kernels)
+        self.tasks = build_task_graph(regions, kernels) if tasks is None else tasks
         self._costs = TaskCosts(regions, kernels, model, self.tasks)
-        self._op_of = [edge.op for edge in regions.edges]
+        self._kernel_ops = [[k.op for k in own] for own in self._costs.own]
         self._reads_of: list[list[int]] = [[] for _ in regions.regions]
         for index, read in enumerate(self.tasks.reads):
             for region in set(read.regions):
@@ -88,7 +90,11 @@ class Simulator:
         for index, entry in enumerate(self.tasks.sums):
             for region in set(entry.regions):
                 self._sums_of[region].append(index)
-        self._reads_in = {b: [r for r in self.tasks.reads if r.block == b] for b in self.tasks.blocks}
+        reads: dict[int, list[Read]] = {scope: [] for scope in self.tasks.blocks}
+        for read in self.tasks.reads:
+            reads[read.block].append(read)
+        op_of = [edge.op for edge in regions.edges]
+        self.schedules = {s: Schedule(b, reads[s], op_of, self.tasks) for s, b in self.tasks.blocks.items()}
         self._around = {
             body: (block.scope, inner.position)
             for block in self.tasks.blocks.values()
@@ -108,13 +114,10 @@ class Simulator:
         self._ticks = [0] * len(self.regions.graph.ops)
         self._copies: list[tuple[Copy, ...]] = [()] * len(self.tasks.reads)
         self._sums: list[tuple[Hop, ...]] = [()] * len(self.tasks.sums)
-        self.schedules = {
-            scope: Schedule(block, self._reads_in[scope], self._op_of, self.tasks)
-            for scope, block in self.tasks.blocks.items()
-        }
         start = idle(len(self.model.cluster.links))
         self._played = {}
         for scope, schedule in self.schedules.items():
+            schedule.clear()
             count = len(schedule.segments)
             self._played[scope] = _Played(
                 events=[[] for _ in range(count)],
@@ -123,7 +126,8 @@ class Simulator:
                 compute=[0] * count,
                 comm=[0] * count,
             )
-        return self._update(range(len(self.regions.regions)), range(len(self.tasks.reads)), range(len(self.tasks.sums)))
+        everything = self.regions.regions, self.tasks.reads, self.tasks.sums
+        return self._update(*(range(len(all_)) for all_ in everything), anew=True)
 
     def change(self, regions: int | Sequence[int], assignment: Assignment) -> Simulated:
         """Gives a region, or all of a family, another assignment, and simulates what that reaches."""
@@ -169,18 +173,21 @@ class Simulator:
 
     # -- what changed
 
-    def _update(self, regions: Iterable[int], reads: Iterable[int], sums: Iterable[int]) -> Simulated:
+    def _update(
+        self, regions: Iterable[int], reads: Iterable[int], sums: Iterable[int], *, anew: bool = False
+    ) -> Simulated:
         layout, numbers, costs = self.layout, self._numbers, self._costs
         block_of, ops = self.tasks.block_of, self.regions.graph.ops
         for region in regions:
-            own = costs.own[region]
+            own = self._kernel_ops[region]
             if not own:
                 continue
             priced = costs.kernel_ticks(region, self.assignments[region], numbers[region])
-            for kernel, ticks in zip(own, priced, strict=True):
-                if self._ticks[kernel.op] != ticks:
-                    self._ticks[kernel.op] = ticks
-                    self.schedules[block_of[ops[kernel.op].scope]].touch(kernel.op)
+            for op, ticks in zip(own, priced, strict=True):
+                if self._ticks[op] != ticks:
+                    self._ticks[op] = ticks
+                    if not anew:
+                        self.schedules[block_of[ops[op].scope]].touch(op)
         for index in sums:
             entry = self.tasks.sums[index]
             hops = costs.sums(index, entry, numbers, layout)
@@ -272,9 +279,16 @@ def _starts(elapsed: Sequence[int]) -> list[int]:
 
 
 def simulate(
-    layout: Layout, kernels: Sequence[Kernel], model: CollectiveModel, memory: MemoryModel | None = None
+    layout: Layout,
+    kernels: Sequence[Kernel],
+    model: CollectiveModel,
+    memory: MemoryModel | None = None,
+    tasks: TaskGraph | None = None,
 ) -> Timeline:
-    """Simulates one layout from the beginning. For many layouts of a program on one mesh, make a `Simulator`."""
-    simulator = Simulator(layout.regions, kernels, model, layout.axis_prices)
+    """Simulates one layout from the beginning. For many layouts of a program on one mesh, make a `Simulator`.
+
+    `memory`: for what is live when; `tasks`: see `Simulator`.
+    """
+    simulator = Simulator(layout.regions, kernels, model, layout.axis_prices, tasks)
     simulator.run(layout.assignments)
     return simulator.timeline(memory)

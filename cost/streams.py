@@ -58,7 +58,7 @@ class State(NamedTuple):
     """What is under way: for how much longer each link is busy, and each collective that is not done."""
 
     links: tuple[int, ...]
-    pending: frozenset[tuple[Point, int]]
+    pending: dict[Point, int]
 
 
 class Entry(NamedTuple):
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
 
 def idle(links: int) -> State:
     """Nothing is under way."""
-    return State((0,) * links, frozenset())
+    return State((0,) * links, {})
 
 
 def play(
@@ -119,4 +119,4 @@ def play(
                 log.append(Entry(COMPUTE_STREAM, base + now, base + now + event.ticks, (), inside=event))
             now += event.ticks
     links = tuple([max(0, f - now) for f in free])
-    return now, State(links, frozenset([(p, end - now) for p, end in ends.items() if end > now]))
+    return now, State(links, {p: end - now for p, end in ends.items() if end > now})

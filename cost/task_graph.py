@@ -27,6 +27,9 @@ BEFORE, DURING, AFTER = 0, 1, 2
 MOST_PREPARED = 8
 """Kernels that may be moved ahead together with one copy."""
 
+MOST_CARRIED = 64
+"""Collectives and deferred kernels that a value may come from; an op that reads more is a step, as a norm of all is."""
+
 Point = int
 """Something to wait for: a port (an index into `Regions.edges`), or `~op` for the sums of an op."""
 
@@ -226,12 +229,14 @@ class _Walk:
                 # What may be copied here must have been made.
                 first = first or bool(before)
         points = tuple(p for p in waits if p not in self.wait_at)
-        first = first or bool(ports.reduced) or self.leaves(op)
-        if op.id in self.kernel_ops:
-            if fusible(op) and not first and (owed or any(p < 0 for p in points)):
-                return points, (*owed, op.id)
-        elif not (owed and first):
-            return points, tuple(owed)
+        if len(points) + len(owed) <= MOST_CARRIED:
+            first = first or bool(ports.reduced) or self.leaves(op)
+            if op.id in self.kernel_ops:
+                if fusible(op) and not first and (owed or any(p < 0 for p in points)):
+                    return points, (*owed, op.id)
+            elif not (owed and first):
+                return points, tuple(owed)
+        self.blocks[block].runs[op.id] = ()
         for kernel in (*owed, op.id) if op.id in self.kernel_ops else owed:
             self.step_of[kernel] = op.id
         self.wait_at.update(dict.fromkeys(points, op.id))

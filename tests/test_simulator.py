@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,12 +94,12 @@ def test_a_gather_hides_behind_a_product() -> None:
     timeline = on(two_products(rows=1 << 20), GPU)
     gather = only(timeline, "all_gather")
     first, second = (i for i in timeline.intervals if i.name == "dot_general")
-    assert gather.start_s == 0 and gather.stream == "NVLink 4"
+    assert (gather.start_s, gather.stream) == (0, "NVLink 4")
     assert gather.end_s < first.end_s
     assert first.end_s <= second.start_s
     assert timeline.exposed_comm_s == 0
     assert timeline.step_s == timeline.compute_s
-    assert not gather.critical and first.critical and second.critical
+    assert [i.critical for i in (gather, first, second)] == [False, True, True]
 
 
 def test_a_gather_that_is_longer_than_the_product_before_it_is_waited_for() -> None:
@@ -109,7 +110,7 @@ def test_a_gather_that_is_longer_than_the_product_before_it_is_waited_for() -> N
     assert second.start_s == gather.end_s
     assert timeline.exposed_comm_s == pytest.approx(gather.seconds - before)
     assert timeline.step_s == pytest.approx(gather.seconds + second.seconds)
-    assert gather.critical and second.critical and not first.critical
+    assert [i.critical for i in (gather, first, second)] == [True, False, True]
 
 
 def test_synchronous_collectives_hold_up_kernels() -> None:
@@ -232,12 +233,16 @@ def test_a_cast_weight_is_cast_early_so_that_it_can_be_gathered_early() -> None:
 
     wide = jax.ShapeDtypeStruct((8192, 4096), jnp.bfloat16)
     regions = regions_of(step, wide, jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), array(4096, 4096))
-    cast = next(op.id for op in regions.graph.ops if op.kind == "convert_element_type")
-    pieces = {regions.region_of[regions.graph.arguments[2]], regions.region_of[cast]}
+    pieces = {
+        regions.region_of[op.id]
+        for op in regions.graph.ops
+        if op.kind == "convert_element_type" or op.id == regions.graph.arguments[2]
+    }
     timeline = on(layout_of(regions, lambda r, _: 0 if r.id in pieces else None), GPU)
     gather = only(timeline, "all_gather over x of convert_element_type")
     first = next(i for i in timeline.intervals if i.name == "dot_general")
-    assert only(timeline, "convert_element_type").end_s == gather.start_s == first.start_s
+    cast = next(i for i in timeline.intervals if i.name == "convert_element_type")
+    assert cast.end_s == gather.start_s == first.start_s
 
 
 def test_memory_over_time_reaches_the_peak() -> None:
@@ -247,7 +252,8 @@ def test_memory_over_time_reaches_the_peak() -> None:
     timeline = simulate(layout, kernels(layout.regions), model, memory)
     assert max(size for _, size in timeline.memory) == memory.peak(layout).bytes
     times = [t for t, _ in timeline.memory]
-    assert times == sorted(times) and times[0] == 0 and times[-1] <= timeline.step_s
+    assert times == sorted(times)
+    assert 0 == times[0] <= times[-1] <= timeline.step_s
 
 
 def test_one_assignment_for_each_region() -> None:
@@ -277,9 +283,9 @@ def random_step(picks: Sequence[tuple[int, int, int]]) -> Callable[..., Any]:
                 case 4:
                     values.append(x - jnp.sum(y, axis=0))
                 case 5:
-                    values.append(jax.lax.scan(lambda c, r: (c + r @ y, c * r), x[0], y)[1])
+                    values.append(jax.lax.scan(lambda c, r, y=y: (c + r @ y, c * r), x[0], y)[1])
                 case 6:
-                    values.append(jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ y), x))
+                    values.append(jax.lax.fori_loop(0, 3, lambda _, h, y=y: jnp.tanh(h @ y), x))
                 case _:
                     values.append(jax.lax.cond(x[0, 0] > 0, lambda u, v: u @ v, lambda u, v: u - v, x, y))
         return tuple(values[-2:])
@@ -362,7 +368,7 @@ def test_streams_do_one_thing_at_a_time_and_figures_add_up(
     timeline = simulator.timeline()
     for stream in timeline.streams:
         own = [i for i in timeline.intervals if i.stream == stream]
-        assert all(a.end_s <= b.start_s for a, b in zip(own, own[1:], strict=False))
+        assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(own))
     assert timeline.busy_s(COMPUTE) == pytest.approx(timeline.compute_s)
     assert sum(e.seconds for e in timeline.critical_path()) == pytest.approx(timeline.step_s)
     links = [timeline.exposed_s(s) for s in timeline.streams[1:]]
