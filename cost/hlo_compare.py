@@ -9,16 +9,13 @@ a part of it only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ffjax.cost.hlo_collectives import collective_of, collectives_of, source_of
-from ffjax.cost.hlo_module import Computation, Instruction, Module
-from ffjax.cost.hlo_shapes import shape_bytes
+from ffjax.cost.hlo_collectives import collectives_of
+from ffjax.cost.hlo_rematerialization import Rematerialization, logged_rematerializations, rematerialized
 from ffjax.cost.hlo_source import HloSource, read_module
-from ffjax.cost.hlo_traffic import reads
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import Collective, CollectiveKind, CountedCollective, MeshShape
 
@@ -60,16 +57,6 @@ class Exchange:
     compiled: CollectiveKind
     axes: tuple[str, ...]
     bytes: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rematerialization:
-    """An array that is gathered whole and of which only parts are read. `bytes` of the whole; 0 where not known."""
-
-    name: str
-    bytes: float
-    source: str
-    op_name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +136,7 @@ def unplanned(
     return Report(
         comparisons=tuple(sorted(comparisons, key=lambda c: -max(c.planned_bytes, c.compiled_bytes))),
         exchanged=exchanged,
-        rematerialized=(*_rematerialized(module, sizes), *logged_rematerializations(log)),
+        rematerialized=(*rematerialized(module, sizes), *logged_rematerializations(log)),
     )
 
 
@@ -160,26 +147,6 @@ def planned_collectives(layout: Layout) -> list[CountedCollective]:
         CountedCollective(collective=p.collective, count=p.count, source=graph.source(graph.ops[p.op]))
         for p in layout.collectives()
     ]
-
-
-def logged_rematerializations(log: str) -> list[Rematerialization]:
-    """XLA's own warnings of full rematerialization, out of what it wrote to stderr."""
-    found = []
-    for line in dict.fromkeys(log.splitlines()):
-        if "nvoluntary full rematerialization" not in line:
-            continue
-        name = re.search(r"for HLO operation:? %?([\w.\-]+)", line)
-        op_name = re.search(r'op_name="([^"]*)"', line)
-        place = re.search(r'source_file="([^"]*)"(?:.*?source_line=(\d+))?', line)
-        found.append(
-            Rematerialization(
-                name=name[1] if name else "unknown",
-                bytes=0.0,
-                source=":".join(part for part in place.groups() if part) if place else "",
-                op_name=op_name[1] if op_name else "",
-            )
-        )
-    return found
 
 
 def _as_all_reduce(collective: Collective) -> Collective:
@@ -255,57 +222,3 @@ def _described(one: CountedCollective) -> str:
     where = f" at {one.source}" if one.source else ""
     name = f" ({one.op_name})" if one.op_name and one.op_name != one.source else ""
     return f"{one.count:g} x {c.kind} over {'*'.join(c.axes) or 'no mesh axes'}, {c.bytes:.4g} bytes{where}{name}"
-
-
-# -- gathered whole, read in part
-
-_NAMES = frozenset({"bitcast", "get-tuple-element", "copy", "reshape", "transpose", "convert"})
-
-
-def _rematerialized(module: Module, planned: set[float]) -> list[Rematerialization]:
-    found = []
-    for computation in module.computations.values():
-        readers = _readers(computation)
-        for instruction in computation:
-            collective = collective_of(instruction, module.devices)
-            if collective is None or collective.kind != "all_gather" or collective.bytes in planned:
-                continue
-            if _read_in_part(instruction, computation, readers, module):
-                found.append(
-                    Rematerialization(
-                        name=instruction.name,
-                        bytes=collective.bytes,
-                        source=source_of(instruction, computation),
-                        op_name=instruction.op_name,
-                    )
-                )
-    return found
-
-
-def _readers(computation: Computation) -> dict[str, list[Instruction]]:
-    readers: dict[str, list[Instruction]] = {}
-    for instruction in computation:
-        for name in dict.fromkeys(instruction.operands):
-            readers.setdefault(name, []).append(instruction)
-    return readers
-
-
-def _read_in_part(
-    whole: Instruction, computation: Computation, readers: dict[str, list[Instruction]], module: Module
-) -> bool:
-    """Whether someone reads `whole`, or what is but another name or layout of it, and nobody reads all of it."""
-    some = readers.get(whole.name, [])
-    for reader in some:
-        if reader.opcode in _NAMES or reader.opcode.endswith("-done"):
-            if not _read_in_part(reader, computation, readers, module):
-                return False
-            continue
-        operands = computation.operands(reader)
-        read = sum(
-            size
-            for size, operand in zip(reads(reader, operands, module), operands, strict=True)
-            if operand.name == whole.name
-        )
-        if read > 0.75 * shape_bytes(whole.shape):
-            return False
-    return bool(some)

@@ -95,8 +95,8 @@ class Module:
     computations: Mapping[str, Computation]
     devices: int = 1
     scheduled: bool = False
-    aliases: frozenset[int] = field(default_factory=frozenset)
-    """The parameters of the entry whose memory a result takes over: what was donated."""
+    aliases: Mapping[tuple[int, ...], int] = field(default_factory=dict)
+    """By index of a result, in tuples: the parameter whose memory it takes over, which was donated."""
 
     def called(self, instruction: Instruction) -> list[Computation]:
         return [self.computations[name] for name in instruction.called if name in self.computations]
@@ -123,7 +123,7 @@ _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _COMMENT = re.compile(r"/\*index=\d+\*/")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{}]')
 _TOP_LEVEL = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},]')
-_ALIAS = re.compile(r"\{[\d,\s]*\}:\s*\((\d+),")
+_ALIAS = re.compile(r"\{([\d,\s]*)\}:\s*\((\d+),")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
@@ -177,7 +177,7 @@ def parse_module(text: str) -> Module:
         computations=computations,
         devices=math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)),
         scheduled="is_scheduled=true" in header,
-        aliases=frozenset(int(n) for n in _ALIAS.findall(header)),
+        aliases={tuple(map(int, re.findall(r"\d+", index))): int(n) for index, n in _ALIAS.findall(header)},
     )
 
 

@@ -24,6 +24,7 @@ from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import priced
 from ffjax.cost.hlo_collectives import HloCollective, collective_of, source_of, trip_count
 from ffjax.cost.hlo_costs import work_of
+from ffjax.cost.hlo_memory import live_bytes
 from ffjax.cost.hlo_module import Computation, Instruction, Module
 from ffjax.cost.hlo_source import HloSource, read_module
 from ffjax.cost.meshes import AxisGroup, groups_on_hosts
@@ -54,9 +55,14 @@ def simulate_hlo(source: HloSource, cluster: Cluster, mesh: MeshShape | None = N
             f"hosts={-(-module.devices // cluster.devices_per_host)})"
         )
     run = _Run(module=module, cluster=cluster, mesh=mesh)
-    run.computation(module.computations[module.entry])
+    entry = module.computations[module.entry]
+    live = live_bytes(module)
+    memory: dict[float, float] = {}
+    for instruction in entry:
+        memory[run.now_s] = live[instruction.name]  # of those at one moment the last, which takes the time
+        run.step(instruction, entry)
     run.report()
-    return run.timeline()
+    return run.timeline(tuple(memory.items()))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -234,7 +240,7 @@ class _Run:
         for problem in problems:
             warnings.warn(f"HLO module {self.module.name!r}: {problem}", FfjaxWarning, stacklevel=3)
 
-    def timeline(self) -> Timeline:
+    def timeline(self, memory: tuple[tuple[float, float], ...]) -> Timeline:
         critical = set()
         task = self.last
         while task != _NOTHING:
@@ -262,6 +268,7 @@ class _Run:
             compute_s=self.compute_s,
             comm_s=self.comm_s,
             exposed_comm_s=self.now_s - self.compute_s,
+            memory=memory,
         )
 
 

@@ -85,6 +85,16 @@ def needed(computation: Computation) -> dict[str, float]:
     return need
 
 
+def updated_operands(fusion: Instruction, module: Module) -> dict[int, int]:
+    """By index of a fusion's output that is an operand updated in place: the operand's index."""
+    found: dict[int, int] = {}
+    for computation in module.called(fusion):
+        for i, output in enumerate(_outputs(computation)):
+            if one := _updated_in_place(output, computation):
+                found[i] = int(_memory_of(computation.operands(one)[0], computation).literal)
+    return found
+
+
 def _share(need: Mapping[str, float], parameter: Instruction) -> float:
     return need.get(parameter.name, 0.0) / max(shape_elements(parameter.shape), 1)
 

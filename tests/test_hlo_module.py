@@ -37,7 +37,7 @@ def compiled() -> jax.stages.Compiled:
 
 def test_module(gpu_scan: Module) -> None:
     assert (gpu_scan.name, gpu_scan.devices, gpu_scan.scheduled) == ("jit_step", 8, True)
-    assert gpu_scan.aliases == {0}
+    assert gpu_scan.aliases == {(): 0}
     entry = gpu_scan.computations[gpu_scan.entry]
     assert entry.root.name == "wrapped_subtract"
     assert {i: p.name for i, p in entry.parameters().items()} == {0: "param.4", 1: "param.5"}
