@@ -3,7 +3,8 @@
     flops_per_s[dtype] * matmul_efficiency   the rate that the upper tenth of that dtype's matmuls reaches
     memory_bytes_per_s * memory_efficiency   from the line seconds = launch + bytes / rate through the largest streams
     kernel_s                                 what the line through the smaller streams leaves for no bytes
-    vector_flops_per_s                       the elements a second of the fastest stream: never below what was seen
+    vector_flops_per_s                       raised to the elements a second of the fastest stream, never lowered:
+                                             a stream is bound by memory
     link efficiency, latency_s               from the measured lines of collectives inside a host, and across
 
 A peak stays as published where the measured rate is below it, and is raised to that rate where it is not.
@@ -80,7 +81,7 @@ def _with_streams(device: Device, profile: Profile) -> Device:
     return dataclasses.replace(
         device,
         kernel_s=kernel_s,
-        vector_flops_per_s=max(vector, 1.0),
+        vector_flops_per_s=max(device.vector_flops_per_s, vector),
         memory_bytes_per_s=peak,
         memory_efficiency=rate / peak,
     )

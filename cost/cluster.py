@@ -200,7 +200,8 @@ class Cluster:
         """This cluster with measured costs, its figures calibrated by them (`ffjax.cost.calibrate`).
 
         Args:
-          profile: one, or the path of one: a text file (.toml), or a database that `ffjax profile` writes.
+          profile: one, or the path of one: a text file (.toml), or a database that `ffjax profile` writes; or the name
+            of a shipped one.
           accept_other: whether to use, with a warning, one of another kind of device or another version of jax.
 
         Raises ProfileError for one that is missing, damaged, or of another device or jax and not accepted.

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_NEAREST = 8
-_POWER = 3.0
+_NEAREST = 16
+_POWER = 2.0
 _SAME = 1e-9
 _AMONG = 1.0  # a point is among the others if no size is over twice the largest, or under half the smallest
 

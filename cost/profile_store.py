@@ -11,14 +11,19 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from ffjax.cost.profile_text import load_text
+from ffjax.cost.profile_text import from_text, load_text
 from ffjax.cost.profiles import Analysis, Profile, Sample
 from ffjax.errors import ProfileError
 
 DATABASE = Path.home() / ".cache" / "ffjax" / "profiles.sqlite"
 """Where `ffjax profile` keeps what it measured, and where `Cluster.local()` looks."""
+
+SHIPPED: Traversable = resources.files("ffjax.cost").joinpath("measured")
+"""Profiles that come with ffjax."""
 
 FORMAT = 1
 _WAIT_S = 60.0  # for another process's transaction
@@ -160,10 +165,14 @@ class ProfileStore:
 def open_profile(path: str | Path, device_kind: str, jax: str, *, accept_other: bool = False) -> Profile:
     """The profile in a text file (`.toml`), or what a database holds of one device kind under one jax.
 
+    A bare name that is no file is that of a shipped one (`measured/NAME.toml`).
     Raises ProfileError where there is none; `accept_other` takes the latest of another kind or jax instead.
     """
     path = Path(path)
     if not path.is_file():
+        shipped = SHIPPED.joinpath(f"{path}.toml")
+        if path.name == str(path) and shipped.is_file():
+            return from_text(shipped.read_text(encoding="utf-8"), shipped.name)
         raise ProfileError(
             f"there is no profile {str(path)!r}. Remedy: check the path, or measure: ffjax profile --out {path.name}"
         )

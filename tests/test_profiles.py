@@ -35,7 +35,9 @@ from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import Collective, MeshShape
 from ffjax.ir.trace import trace
+from ffjax.measure import Case
 from ffjax.plan import Plan
+from ffjax.profile_grid import grid
 
 H100 = Cluster.named("h100")
 KIND = H100.device.kind
@@ -215,6 +217,12 @@ def test_nobody_profiled_this_kind(tmp_path: Path) -> None:
         open_profile(tmp_path / "q.toml", KIND, "0.1")
 
 
+def test_a_shipped_profile_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_store, "SHIPPED", tmp_path)
+    (tmp_path / "h100.toml").write_text(to_text(SOME))
+    assert H100.with_profile("h100").profile == SOME
+
+
 @pytest.mark.parametrize(
     ("cluster", "jax", "message"),
     [
@@ -392,6 +400,30 @@ def test_a_line_has_no_negative_part() -> None:
     assert fit_line([(1e6, 1e-6), (1e8, 1e-2)]).alpha_s == 0
 
 
+def test_measuring_what_was_described_changes_nothing() -> None:
+    """A program priced by a profile of a device that is just as described costs what it cost without."""
+
+    def ideal(case: Case) -> Sample:
+        return sample(
+            case.kind,
+            case.sizes,
+            case.guess_s,
+            params=case.params,
+            dtype=case.dtype,
+            flops=case.flops,
+            bytes=case.bytes,
+        )
+
+    cases = grid(dataclasses.replace(H100, devices_per_host=1))
+    times = H100.with_profile(profile(*map(ideal, cases)))
+    regions = regions_of(train_step, (1024, 1024), (4096, 1024))
+    for kernel in kernels(regions):
+        region = regions.regions[kernel.region]
+        whole = Splits(region, [Assignment((-1,), (-1,))], CollectiveModel(MESH, H100))
+        with_, without = (OpTimes(c.device, c.profile).seconds([kernel], whole) for c in (times, H100))
+        assert with_[0] == pytest.approx(without[0], rel=0.1), kernel
+
+
 # ---- calibration
 
 
@@ -414,6 +446,7 @@ def test_fitted_figures_are_those_of_the_device_measured() -> None:
     assert device.peak_flops_per_s("float32") * device.matmul_efficiency == pytest.approx(400e12 * 0.6, rel=0.05)
     assert device.memory_bytes_per_s * device.memory_efficiency == pytest.approx(3.35e12 * 0.8, rel=0.01)
     assert device.kernel_s == pytest.approx(5e-6, rel=0.05)
+    assert device.vector_flops_per_s == H100.device.vector_flops_per_s
     assert found.links[0].effective_bytes_per_s == pytest.approx(300e9, rel=0.01)
     assert found.links[0].latency_s == pytest.approx(3e-6, rel=0.05)
     assert found.links[1] == H100.links[1]
