@@ -14,7 +14,7 @@ import jax
 from tables import write
 
 import ffjax
-from ffjax.cost.hlo_collectives import collectives_of
+from ffjax.cost.hlo.collectives import collectives_of
 from ffjax.emit.oracle import explicit_collectives
 from ffjax.examples import convnet, gpt
 from ffjax.testing import fake_devices

@@ -17,7 +17,7 @@ from tables import write
 import ffjax
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import kernels
-from ffjax.cost.simulator import Simulated, Simulator
+from ffjax.cost.simulation.simulator import Simulated, Simulator
 from ffjax.examples import gpt
 from ffjax.strategies.candidates import candidates
 from ffjax.strategies.families import family_keys, members

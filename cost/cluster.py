@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from ffjax.cost import profile_store
 from ffjax.cost.meshes import AxisGroup, axis_group, candidate_meshes
-from ffjax.cost.profiles import Profile, jax_version, machine_kind
-from ffjax.cost.timeline import COMPUTE
+from ffjax.cost.profiles import store as profile_store
+from ffjax.cost.profiles.profile import Profile, jax_version, machine_kind
+from ffjax.cost.simulation.timeline import COMPUTE
 from ffjax.cost.toml_fields import Fields, did_you_mean
 from ffjax.errors import ClusterError
 from ffjax.ir.spec import MeshShape
@@ -197,7 +197,7 @@ class Cluster:
         return machine_kind(self.device.kind, self.device.platform, self.devices_per_host)
 
     def with_profile(self, profile: Profile | str | Path, *, accept_other: bool = False) -> Cluster:
-        """This cluster with measured costs, its figures calibrated by them (`ffjax.cost.calibrate`).
+        """This cluster with measured costs, its figures calibrated by them (`ffjax.cost.profiles.calibrate`).
 
         Args:
           profile: one, or the path of one: a text file (.toml), or a database that `ffjax profile` writes; or the name
@@ -206,7 +206,7 @@ class Cluster:
 
         Raises ProfileError for one that is missing, damaged, or of another device or jax and not accepted.
         """
-        from ffjax.cost.calibrate import with_profile  # which knows clusters
+        from ffjax.cost.profiles.calibrate import with_profile  # which knows clusters
 
         return with_profile(self, profile, accept_other=accept_other)
 

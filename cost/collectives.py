@@ -27,9 +27,9 @@ import functools
 import math
 
 from ffjax.cost.cluster import Cluster, Link
-from ffjax.cost.link_fits import lie, link_fits
 from ffjax.cost.meshes import AxisGroup
 from ffjax.cost.op_times import Source
+from ffjax.cost.profiles.link_fits import lie, link_fits
 from ffjax.errors import ClusterError
 from ffjax.ir.spec import COLLECTIVE_KINDS, Collective, CollectiveKind, MeshShape
 

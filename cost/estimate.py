@@ -10,8 +10,8 @@ from ffjax.cost.kernels import Kernel
 from ffjax.cost.memory import Peak
 from ffjax.cost.op_times import SOURCES, op_times
 from ffjax.cost.region_costs import Splits
-from ffjax.cost.simulator import Simulated
-from ffjax.cost.timeline import Timeline
+from ffjax.cost.simulation.simulator import Simulated
+from ffjax.cost.simulation.timeline import Timeline
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import CollectiveKind
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.cost.cluster import Cluster, Device
-from ffjax.cost.interpolate import Nearness, Table
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.profiles import Analysis, Key, Profile, Sample
+from ffjax.cost.profiles.interpolate import Nearness, Table
+from ffjax.cost.profiles.profile import Analysis, Key, Profile, Sample
 from ffjax.cost.roofline import op_seconds
 from ffjax.cost.work import CONVOLUTION, MATMUL, STREAMS
 

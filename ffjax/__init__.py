@@ -2,7 +2,7 @@
 
 from ffjax.autoshard import autoshard
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.timeline import Timeline
+from ffjax.cost.simulation.timeline import Timeline
 from ffjax.plan import Plan
 from ffjax.planner import plan
 

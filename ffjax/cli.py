@@ -21,7 +21,7 @@ from ffjax import verify as verifying
 from ffjax.cli_options import LOCAL, Question, cluster_named, settings_of, with_question
 from ffjax.cli_profile import cases_for, check_kinds, here_as, run_profile
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.timeline import writer
+from ffjax.cost.simulation.timeline import writer
 from ffjax.demo import agree, report, run_demo, verdict
 from ffjax.errors import BudgetError, FfjaxError
 from ffjax.explain import bytes_text, seconds_text, short_source

@@ -12,13 +12,13 @@ import click
 import jax
 
 from ffjax import planner
-from ffjax.cost import profile_store
-from ffjax.cost.calibrate import calibrated, cluster_text
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.files import replace_file
-from ffjax.cost.profile_store import ProfileStore
-from ffjax.cost.profile_text import to_text
-from ffjax.cost.profiles import Profile
+from ffjax.cost.profiles import store as profile_store
+from ffjax.cost.profiles.calibrate import calibrated, cluster_text
+from ffjax.cost.profiles.files import replace_file
+from ffjax.cost.profiles.profile import Profile
+from ffjax.cost.profiles.store import ProfileStore
+from ffjax.cost.profiles.text import to_text
 from ffjax.errors import FfjaxError
 from ffjax.measure import Case, Measured, Progress, describe
 from ffjax.plan import Plan

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ffjax.autoshard import autoshard
 from ffjax.cost.estimate import Estimate
-from ffjax.cost.hlo_collectives import collectives_of, peak_bytes
+from ffjax.cost.hlo.collectives import collectives_of, peak_bytes
 from ffjax.errors import FfjaxError
 from ffjax.explain import bytes_text, seconds_text
 from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ffjax.cost.profiles import Analysis, Sample
+from ffjax.cost.profiles.profile import Analysis, Sample
 from ffjax.errors import FfjaxError
 
 OUTER, INNER = "outer", "inner"

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.estimate import Estimate
-from ffjax.cost.timeline import Timeline
+from ffjax.cost.simulation.timeline import Timeline
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import PlanError, PlanMismatch
 from ffjax.ir.assignment import UNUSED, Assignment

@@ -17,7 +17,7 @@ import jax
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.kernels import Kernel, kernels
 from ffjax.cost.op_times import OpTimes
-from ffjax.cost.profiles import Profile, jax_version
+from ffjax.cost.profiles.profile import Profile, jax_version
 from ffjax.cost.work import STREAMS
 from ffjax.errors import ProfileError
 from ffjax.ir import compat

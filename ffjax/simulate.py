@@ -8,8 +8,8 @@ from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import kernels
 from ffjax.cost.memory import MemoryModel, lifetimes
-from ffjax.cost.simulator import simulate
-from ffjax.cost.timeline import Timeline
+from ffjax.cost.simulation.simulator import simulate
+from ffjax.cost.simulation.timeline import Timeline
 from ffjax.errors import ClusterError, PlanError
 from ffjax.plan import Plan
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ffjax.cost.hlo_collectives import collectives_of
+from ffjax.cost.hlo.collectives import collectives_of
 from ffjax.errors import FfjaxError
 from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
 

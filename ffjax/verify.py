@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import jax
 
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.hlo_collectives import peak_bytes
-from ffjax.cost.hlo_compare import Report, planned_collectives, unplanned
-from ffjax.cost.hlo_simulator import simulate_hlo
-from ffjax.cost.hlo_source import read_module
+from ffjax.cost.hlo.collectives import peak_bytes
+from ffjax.cost.hlo.compare import Report, planned_collectives, unplanned
+from ffjax.cost.hlo.simulator import simulate_hlo
+from ffjax.cost.hlo.source import read_module
 from ffjax.errors import ClusterError
 from ffjax.explain import bytes_text, seconds_text
 from ffjax.plan import Plan

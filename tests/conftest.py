@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from ffjax.cost import profile_store
+from ffjax.cost.profiles import store as profile_store
 from ffjax.ir.spec import MeshShape
 from ffjax.testing import fake_devices
 

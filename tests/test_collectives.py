@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import ffjax
-from ffjax.cost.hlo_collectives import collectives_of
+from ffjax.cost.hlo.collectives import collectives_of
 from ffjax.emit.oracle import explicit_collectives
 from ffjax.examples import convnet, gpt, moe, recommender
 

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ffjax.cost.hlo_collectives import collectives_of, peak_bytes
-from ffjax.cost.hlo_shapes import dtype_bits
+from ffjax.cost.hlo.collectives import collectives_of, peak_bytes
+from ffjax.cost.hlo.shapes import dtype_bits
 from ffjax.ir.device_groups import axes_of_groups, axes_of_pairs
 from ffjax.ir.spec import Collective, CountedCollective, MeshShape, summarize
 

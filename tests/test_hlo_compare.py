@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ffjax
-from ffjax.cost.hlo_collectives import collectives_of
-from ffjax.cost.hlo_compare import Exchange, planned_collectives, unplanned
-from ffjax.cost.hlo_rematerialization import Rematerialization, logged_rematerializations
+from ffjax.cost.hlo.collectives import collectives_of
+from ffjax.cost.hlo.compare import Exchange, planned_collectives, unplanned
+from ffjax.cost.hlo.rematerialization import Rematerialization, logged_rematerializations
 from ffjax.examples import gpt
 from ffjax.ir.spec import Collective, CollectiveKind, CountedCollective, MeshShape
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.hlo_collectives import peak_bytes
-from ffjax.cost.hlo_memory import live_bytes
-from ffjax.cost.hlo_module import parse_module
-from ffjax.cost.hlo_simulator import simulate_hlo
-from ffjax.cost.hlo_source import read_module
+from ffjax.cost.hlo.collectives import peak_bytes
+from ffjax.cost.hlo.memory import live_bytes
+from ffjax.cost.hlo.module import parse_module
+from ffjax.cost.hlo.simulator import simulate_hlo
+from ffjax.cost.hlo.source import read_module
 
 INNER = """
 %updated (a: f32[8,8], u: f32[1,8], i: s32[]) -> f32[8,8] {

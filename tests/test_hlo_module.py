@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ffjax.cost.hlo_collectives import reached, trip_count
-from ffjax.cost.hlo_groups import parse_groups
-from ffjax.cost.hlo_module import Module, parse_module
-from ffjax.cost.hlo_shapes import Array, numpy_dtype, parse_shape, shape_bytes
-from ffjax.cost.hlo_source import read_module
+from ffjax.cost.hlo.collectives import reached, trip_count
+from ffjax.cost.hlo.groups import parse_groups
+from ffjax.cost.hlo.module import Module, parse_module
+from ffjax.cost.hlo.shapes import Array, numpy_dtype, parse_shape, shape_bytes
+from ffjax.cost.hlo.source import read_module
 from ffjax.errors import FfjaxError, HloError
 
 GPU_SCAN = Path(__file__).parent / "data" / "gpu_scan.hlo"

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import pytest
 
 from ffjax.cost.cluster import Cluster, Device, Link
-from ffjax.cost.hlo_collectives import reached
-from ffjax.cost.hlo_costs import Work, work_of
-from ffjax.cost.hlo_module import Module, parse_module
-from ffjax.cost.hlo_simulator import simulate_hlo
-from ffjax.cost.hlo_source import read_module
-from ffjax.cost.timeline import COMPUTE, Timeline
+from ffjax.cost.hlo.collectives import reached
+from ffjax.cost.hlo.costs import Work, work_of
+from ffjax.cost.hlo.module import Module, parse_module
+from ffjax.cost.hlo.simulator import simulate_hlo
+from ffjax.cost.hlo.source import read_module
+from ffjax.cost.simulation.timeline import COMPUTE, Timeline
 from ffjax.errors import ClusterError, FfjaxWarning, HloError
 from ffjax.ir.spec import MeshShape
 

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from ffjax import measure as timing
 from ffjax.cli import main
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.profile_store import ProfileStore
-from ffjax.cost.profile_text import load_text
-from ffjax.cost.profiles import jax_version
+from ffjax.cost.profiles.profile import jax_version
+from ffjax.cost.profiles.store import ProfileStore
+from ffjax.cost.profiles.text import load_text
 from ffjax.errors import ProfileError
 from ffjax.ir.spec import COLLECTIVE_KINDS
 from ffjax.ir.trace import trace

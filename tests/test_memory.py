@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import ffjax
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
-from ffjax.cost.hlo_collectives import peak_bytes
+from ffjax.cost.hlo.collectives import peak_bytes
 from ffjax.cost.kernels import by_family, kernels
 from ffjax.cost.memory import Lifetimes, MemoryModel, lifetimes, peak
 from ffjax.ir.assignment import UNUSED, Assignment

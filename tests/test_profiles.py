@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 
 import ffjax
-from ffjax.cost import profile_store
-from ffjax.cost.calibrate import calibrated, cluster_text
 from ffjax.cost.cluster import Cluster, Device
 from ffjax.cost.collectives import CollectiveModel, described_coefficients
-from ffjax.cost.interpolate import Nearness, Table
 from ffjax.cost.kernels import Kernel, kernels
-from ffjax.cost.link_fits import fit_line
 from ffjax.cost.meshes import AxisGroup
 from ffjax.cost.op_times import OpTimes
-from ffjax.cost.profile_store import ProfileStore, open_profile
-from ffjax.cost.profile_text import from_text, load_text, to_text
-from ffjax.cost.profiles import Analysis, Profile, Sample, jax_version, machine_kind
+from ffjax.cost.profiles import store as profile_store
+from ffjax.cost.profiles.calibrate import calibrated, cluster_text
+from ffjax.cost.profiles.interpolate import Nearness, Table
+from ffjax.cost.profiles.link_fits import fit_line
+from ffjax.cost.profiles.profile import Analysis, Profile, Sample, jax_version, machine_kind
+from ffjax.cost.profiles.store import ProfileStore, open_profile
+from ffjax.cost.profiles.text import from_text, load_text, to_text
 from ffjax.cost.region_costs import Splits
 from ffjax.cost.roofline import op_seconds
 from ffjax.errors import FfjaxWarning, ProfileError

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ffjax.cost.hlo_collectives import collectives_of
+from ffjax.cost.hlo.collectives import collectives_of
 from ffjax.ir.reshard import reshard_steps
 from ffjax.ir.reshard_chain import reshard_chain
 from ffjax.ir.spec import MeshShape, Spec, divides, format_spec, local_shape

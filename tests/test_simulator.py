@@ -19,11 +19,11 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
 from ffjax.cost.kernels import kernels
 from ffjax.cost.memory import MemoryModel, lifetimes, peak
-from ffjax.cost.schedule import AHEAD
-from ffjax.cost.simulator import Simulator, simulate
-from ffjax.cost.streams import COMPUTE_STREAM
-from ffjax.cost.task_graph import START
-from ffjax.cost.timeline import COMPUTE, Interval, Timeline
+from ffjax.cost.simulation.schedule import AHEAD
+from ffjax.cost.simulation.simulator import Simulator, simulate
+from ffjax.cost.simulation.streams import COMPUTE_STREAM
+from ffjax.cost.simulation.task_graph import START
+from ffjax.cost.simulation.timeline import COMPUTE, Interval, Timeline
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout

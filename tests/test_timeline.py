@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import ffjax
 from ffjax.cli import main
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.timeline import COMPUTE, Interval, Timeline
+from ffjax.cost.simulation.timeline import COMPUTE, Interval, Timeline
 from ffjax.errors import ClusterError, FfjaxError, PlanError
 from ffjax.plan import Plan
 

@@ -13,7 +13,7 @@ import pytest
 import ffjax
 from ffjax import finalists
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.hlo_compare import Report
+from ffjax.cost.hlo.compare import Report
 from ffjax.errors import BudgetError, ClusterError, PlanError
 from ffjax.verify import Verification, devices_for, verify
 

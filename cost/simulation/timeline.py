@@ -120,8 +120,8 @@ class Timeline:
 
 def writer(path: str | os.PathLike[str]) -> Callable[[Timeline], str]:
     """What makes the text of a file with this suffix; raises FfjaxError for another suffix than .json and .html."""
-    from ffjax.cost.timeline_html import to_html
-    from ffjax.cost.timeline_json import to_json
+    from ffjax.cost.simulation.timeline_html import to_html
+    from ffjax.cost.simulation.timeline_json import to_json
 
     formats: dict[str, Callable[[Timeline], str]] = {".json": to_json, ".html": to_html}
     found = formats.get(Path(path).suffix.lower())

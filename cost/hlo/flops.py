@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ffjax.cost.hlo_module import Instruction, Json
-from ffjax.cost.hlo_shapes import Array, arrays, shape_elements
+from ffjax.cost.hlo.module import Instruction, Json
+from ffjax.cost.hlo.shapes import Array, arrays, shape_elements
 from ffjax.errors import HloError
 
 Operands = Sequence[Instruction]

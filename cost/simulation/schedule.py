@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ffjax.cost.streams import Event, Inside, Issue, Run, Wait
-from ffjax.cost.task_costs import Copy, Hop
-from ffjax.cost.task_graph import AFTER, BEFORE, DURING, START, Block, Point, Read, Sum, TaskGraph
+from ffjax.cost.simulation.streams import Event, Inside, Issue, Run, Wait
+from ffjax.cost.simulation.task_costs import Copy, Hop
+from ffjax.cost.simulation.task_graph import AFTER, BEFORE, DURING, START, Block, Point, Read, Sum, TaskGraph
 
 AHEAD = 2.0
 SEGMENT = 32

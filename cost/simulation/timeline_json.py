@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ffjax.cost.timeline import Timeline
+    from ffjax.cost.simulation.timeline import Timeline
 
 _US = 1e6
 

@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ffjax.cost.timeline import Interval, Timeline
+    from ffjax.cost.simulation.timeline import Interval, Timeline
 
 WIDTH, LANE, MEMORY = 1200.0, 26.0, 160.0
 """Pixels: the plots' width, the height of a stream, the height of the memory plot."""

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.memory import MemoryModel
-from ffjax.cost.schedule import Schedule
-from ffjax.cost.streams import Entry, Event, Inside, Issue, Run, State, idle, play
-from ffjax.cost.task_costs import TICKS_PER_S, Copy, Hop, TaskCosts
-from ffjax.cost.task_graph import Read, TaskGraph, build_task_graph
-from ffjax.cost.timeline import Timeline
+from ffjax.cost.simulation.schedule import Schedule
+from ffjax.cost.simulation.streams import Entry, Event, Inside, Issue, Run, State, idle, play
+from ffjax.cost.simulation.task_costs import TICKS_PER_S, Copy, Hop, TaskCosts
+from ffjax.cost.simulation.task_graph import Read, TaskGraph, build_task_graph
+from ffjax.cost.simulation.timeline import Timeline
 from ffjax.ir.assignment import Assignment
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
@@ -150,7 +150,7 @@ class Simulator:
 
     def timeline(self, memory: MemoryModel | None = None) -> Timeline:
         """All tasks of the plan that was simulated last, and what is in memory if a `MemoryModel` is given."""
-        from ffjax.cost.intervals import timeline_of
+        from ffjax.cost.simulation.intervals import timeline_of
 
         return timeline_of(self, memory)
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ffjax.cost.hlo_collectives import collectives_of
-from ffjax.cost.hlo_rematerialization import Rematerialization, logged_rematerializations, rematerialized
-from ffjax.cost.hlo_source import HloSource, read_module
+from ffjax.cost.hlo.collectives import collectives_of
+from ffjax.cost.hlo.rematerialization import Rematerialization, logged_rematerializations, rematerialized
+from ffjax.cost.hlo.source import HloSource, read_module
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import Collective, CollectiveKind, CountedCollective, MeshShape
 

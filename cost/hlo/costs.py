@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ffjax.cost.cluster import Device
-from ffjax.cost.hlo_flops import MOVES, library_call, matmul_flops, other_flops
-from ffjax.cost.hlo_module import Computation, Instruction, Module
-from ffjax.cost.hlo_shapes import arrays, numpy_dtype, shape_elements
-from ffjax.cost.hlo_traffic import needed, traffic
+from ffjax.cost.hlo.flops import MOVES, library_call, matmul_flops, other_flops
+from ffjax.cost.hlo.module import Computation, Instruction, Module
+from ffjax.cost.hlo.shapes import arrays, numpy_dtype, shape_elements
+from ffjax.cost.hlo.traffic import needed, traffic
 from ffjax.cost.roofline import op_seconds
 
 _FREE = (

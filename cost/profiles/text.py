@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ffjax.cost.files import replace_file
-from ffjax.cost.profiles import Analysis, Key, Profile, Sample
+from ffjax.cost.profiles.files import replace_file
+from ffjax.cost.profiles.profile import Analysis, Key, Profile, Sample
 from ffjax.errors import ProfileError
 
 FORMAT = 1

@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ffjax.cost.hlo_module import Computation, Instruction, Module
-from ffjax.cost.hlo_shapes import Array, Shape
-from ffjax.cost.hlo_traffic import updated_operands
+from ffjax.cost.hlo.module import Computation, Instruction, Module
+from ffjax.cost.hlo.shapes import Array, Shape
+from ffjax.cost.hlo.traffic import updated_operands
 
 Tree: TypeAlias = "int | tuple[Tree, ...]"
 """The buffers of a value, by index, in the shape of its tuple."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ffjax.cost.hlo_module import Computation, Instruction, Module
-from ffjax.cost.hlo_shapes import Array, arrays, shape_bytes, shape_elements
+from ffjax.cost.hlo.module import Computation, Instruction, Module
+from ffjax.cost.hlo.shapes import Array, arrays, shape_bytes, shape_elements
 
 _SLICES = frozenset({"slice", "dynamic-slice", "gather"})
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}

@@ -10,10 +10,10 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ffjax.cost.hlo_collectives import collective_of, source_of
-from ffjax.cost.hlo_module import Computation, Instruction, Module
-from ffjax.cost.hlo_shapes import shape_bytes
-from ffjax.cost.hlo_traffic import reads
+from ffjax.cost.hlo.collectives import collective_of, source_of
+from ffjax.cost.hlo.module import Computation, Instruction, Module
+from ffjax.cost.hlo.shapes import shape_bytes
+from ffjax.cost.hlo.traffic import reads
 
 _NAMES = frozenset({"bitcast", "get-tuple-element", "copy", "reshape", "transpose", "convert"})
 """What gives an array another name, layout or type."""

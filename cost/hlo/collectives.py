@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ffjax.cost.hlo_groups import Groups, parse_groups, parse_pairs
-from ffjax.cost.hlo_module import Computation, Instruction, Module
-from ffjax.cost.hlo_shapes import Array, shape_bytes
-from ffjax.cost.hlo_source import HloSource, read_module
+from ffjax.cost.hlo.groups import Groups, parse_groups, parse_pairs
+from ffjax.cost.hlo.module import Computation, Instruction, Module
+from ffjax.cost.hlo.shapes import Array, shape_bytes
+from ffjax.cost.hlo.source import HloSource, read_module
 from ffjax.errors import HloError
 from ffjax.ir.device_groups import axes_of_groups, axes_of_pairs
 from ffjax.ir.spec import Collective, CollectiveKind, CountedCollective, MeshShape

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from ffjax.cost.task_costs import Hop
-from ffjax.cost.task_graph import Point
+from ffjax.cost.simulation.task_costs import Hop
+from ffjax.cost.simulation.task_graph import Point
 
 COMPUTE_STREAM = -1
 

@@ -21,9 +21,9 @@ from statistics import median
 import numpy as np
 
 from ffjax.cost.cluster import Cluster, Device, Link
-from ffjax.cost.link_fits import Line, fit_line, link_fits
-from ffjax.cost.profile_store import open_profile
-from ffjax.cost.profiles import Profile, Sample, jax_version
+from ffjax.cost.profiles.link_fits import Line, fit_line, link_fits
+from ffjax.cost.profiles.profile import Profile, Sample, jax_version
+from ffjax.cost.profiles.store import open_profile
 from ffjax.cost.work import ELEMENTWISE, MATMUL
 from ffjax.errors import FfjaxWarning, ProfileError
 

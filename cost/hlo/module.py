@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ffjax.cost.hlo_shapes import Shape, parse_shape
+from ffjax.cost.hlo.shapes import Shape, parse_shape
 from ffjax.errors import HloError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"

@@ -1,6 +1,6 @@
 """What was measured: samples of ops and collectives on one kind of device under one version of jax.
 
-A profile is plain data, from a database (`ffjax.cost.profile_store`) or a text file (`ffjax.cost.profile_text`). It
+A profile is plain data, from a database (`ffjax.cost.profiles.store`) or a text file (`ffjax.cost.profiles.text`). It
 belongs to one kind of device and one jax: `mismatch` says what is foreign or stale about it, and who uses one asks.
 """
 

@@ -15,7 +15,7 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.region_costs import Splits, compute_seconds
 from ffjax.cost.roofline import op_seconds
-from ffjax.cost.task_graph import Read, Sum, TaskGraph
+from ffjax.cost.simulation.task_graph import Read, Sum, TaskGraph
 from ffjax.ir.assignment import Assignment
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims, Regions

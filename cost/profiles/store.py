@@ -15,8 +15,8 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from ffjax.cost.profile_text import from_text, load_text
-from ffjax.cost.profiles import Analysis, Profile, Sample
+from ffjax.cost.profiles.profile import Analysis, Profile, Sample
+from ffjax.cost.profiles.text import from_text, load_text
 from ffjax.errors import ProfileError
 
 DATABASE = Path.home() / ".cache" / "ffjax" / "profiles.sqlite"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
-from ffjax.cost.hlo_module import Module, parse_module
+from ffjax.cost.hlo.module import Module, parse_module
 from ffjax.errors import HloError
 from ffjax.ir import compat
 

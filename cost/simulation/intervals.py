@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ffjax.cost.memory import MemoryModel
-from ffjax.cost.streams import COMPUTE_STREAM, Entry
-from ffjax.cost.task_costs import TICKS_PER_S
-from ffjax.cost.timeline import COMPUTE, Interval, Timeline
+from ffjax.cost.simulation.streams import COMPUTE_STREAM, Entry
+from ffjax.cost.simulation.task_costs import TICKS_PER_S
+from ffjax.cost.simulation.timeline import COMPUTE, Interval, Timeline
 
 if TYPE_CHECKING:
-    from ffjax.cost.simulator import Simulator
+    from ffjax.cost.simulation.simulator import Simulator
 
 
 class _Task(NamedTuple):

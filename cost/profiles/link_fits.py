@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ffjax.cost.meshes import AxisGroup
-from ffjax.cost.profiles import Profile
+from ffjax.cost.profiles.profile import Profile
 
 
 class Lie(NamedTuple):

@@ -1,6 +1,6 @@
 """Runs a scheduled HLO module on a cluster: a compute stream, and a stream for each level of links.
 
-    compute stream   kernels one after the other, in the order of the schedule; `hlo_costs` prices each
+    compute stream   kernels one after the other, in the order of the schedule; `costs` prices each
     link's stream    collectives, each on the slowest link that its groups cross; `collectives` prices each
     start ... done   an asynchronous collective starts when the compute stream has come to its start and its link is
                      free; the compute stream waits at its done. Other collectives are waited for at once.
@@ -22,13 +22,13 @@ import numpy as np
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import priced
-from ffjax.cost.hlo_collectives import HloCollective, collective_of, source_of, trip_count
-from ffjax.cost.hlo_costs import work_of
-from ffjax.cost.hlo_memory import live_bytes
-from ffjax.cost.hlo_module import Computation, Instruction, Module
-from ffjax.cost.hlo_source import HloSource, read_module
+from ffjax.cost.hlo.collectives import HloCollective, collective_of, source_of, trip_count
+from ffjax.cost.hlo.costs import work_of
+from ffjax.cost.hlo.memory import live_bytes
+from ffjax.cost.hlo.module import Computation, Instruction, Module
+from ffjax.cost.hlo.source import HloSource, read_module
 from ffjax.cost.meshes import AxisGroup, groups_on_hosts
-from ffjax.cost.timeline import COMPUTE, Interval, Timeline
+from ffjax.cost.simulation.timeline import COMPUTE, Interval, Timeline
 from ffjax.errors import ClusterError, FfjaxWarning
 from ffjax.ir.spec import MeshShape
 

@@ -1,0 +1,1 @@
+"""What a compiled, scheduled program does: its text read, priced, simulated, compared with the plan."""

@@ -1,0 +1,1 @@
+"""Measured ops and collectives: how they are kept, interpolated, and fitted to a cluster."""
