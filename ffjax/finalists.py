@@ -80,7 +80,7 @@ def settle(
 def _finalists(result: SearchResult) -> list[Found]:
     """The fastest that fit; those with the same figures, which are one plan by several names, once."""
     distinct: dict[object, Found] = {}
-    for found in sorted((f for f in result.found if f.fits), key=lambda f: f.step_s):
+    for found in sorted((f for f in result.found if f.fits), key=lambda f: f.predicted_s):
         distinct.setdefault((f"{found.step_s:.6g}", f"{found.peak.bytes:.6g}"), found)
     return list(distinct.values())[:MOST_FINALISTS]
 

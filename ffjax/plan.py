@@ -92,7 +92,10 @@ class Finalist:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchReport:
-    """How the plan was found. `lower_bound_s` is proved for the plan's mesh; `gap` is the share above it."""
+    """How the plan was found. `lower_bound_s` is proved for the plan's mesh; `gap` is the share above it.
+
+    Both are of a step in which nothing overlaps, as the search sees it.
+    """
 
     seconds: dict[str, float]
     algorithm: str

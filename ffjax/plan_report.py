@@ -62,7 +62,7 @@ def plan_of(
             for leaf, op in zip(program.results, graph.outputs, strict=True)
         ),
         decisions=tuple(_decisions(regions, best, result.keys, others)),
-        estimate=estimate(layout, result.kernels, model, best.peak),
+        estimate=estimate(layout, result.kernels, model, best.peak, best.simulated),
         search=_search_report(result, best, seconds),
         profile="" if cluster.profile is None else f"{cluster.profile.name} {cluster.profile.digest}",
         layout=layout,
@@ -137,7 +137,9 @@ def _search_report(result: SearchResult, best: Found, seconds: dict[str, float])
         if exact and best.step_s - best.bound_s <= 1e-3 * best.step_s
         else "no move improved",
         competitors=tuple(
-            Competitor(strategy=f.strategy, mesh=str(f.mesh), step_s=f.step_s, peak_bytes=f.peak.bytes, fits=f.fits)
+            Competitor(
+                strategy=f.strategy, mesh=str(f.mesh), step_s=f.predicted_s, peak_bytes=f.peak.bytes, fits=f.fits
+            )
             for f in result.found
         ),
     )
