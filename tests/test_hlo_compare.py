@@ -165,6 +165,19 @@ def test_full_rematerialization(readers: str, rematerialized: bool) -> None:
     assert not unplanned([counted("all_gather", ("x",), 512)], text, MESH).rematerialized
 
 
+def test_planned_gathers_that_the_compiler_merges_are_no_rematerialization() -> None:
+    text = text_of(f"""
+  %ag = ((f32[8,4]{{1,0}}, f32[48]{{0}}), (f32[32,4]{{1,0}}, f32[192]{{0}})) all-gather-start(%p, %large), \
+replica_groups={X}, dimensions={{0}}
+  %done = (f32[32,4]{{1,0}}, f32[192]{{0}}) all-gather-done(%ag)
+  %whole = f32[32,4]{{1,0}} get-tuple-element(%done), index=0
+  %r = f32[4,4]{{1,0}} fusion(%whole, %at), kind=kLoop, calls=%part
+""")
+    planned = [counted("all_gather", ("x",), 512), counted("all_gather", ("x",), 768)]
+    assert unplanned(planned, text, MESH).agrees
+    assert [r.bytes for r in unplanned(planned[:1], text, MESH).rematerialized] == [512 + 768]
+
+
 def test_a_resharding_that_xla_can_do_only_whole() -> None:
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     x = jax.ShapeDtypeStruct((24, 16), jnp.float32, sharding=NamedSharding(mesh, P("x", None)))

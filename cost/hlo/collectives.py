@@ -75,7 +75,7 @@ def collectives_of(source: HloSource, mesh: MeshShape | None = None, *, split: b
         for computation, count in reached(module)
         for instruction in computation
         if (one := collective_of(instruction, devices)) is not None
-        for asker, size in (_parts(instruction, one, computation, module) if split else [(instruction, one.bytes)])
+        for asker, size in (parts_of(instruction, one, computation, module) if split else [(instruction, one.bytes)])
     ]
 
 
@@ -105,7 +105,7 @@ def collective_of(instruction: Instruction, devices: int) -> HloCollective | Non
     return HloCollective(kind=kind, bytes=result, groups=groups)
 
 
-def _parts(
+def parts_of(
     instruction: Instruction, collective: HloCollective, computation: Computation, module: Module
 ) -> list[tuple[Instruction, float]]:
     """Who asked for a collective, and how much of its bytes is theirs: one part, unless the compiler merged several.

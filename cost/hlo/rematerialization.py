@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ffjax.cost.hlo.collectives import collective_of, source_of
+from ffjax.cost.hlo.collectives import collective_of, parts_of, source_of
 from ffjax.cost.hlo.module import Computation, Instruction, Module
 from ffjax.cost.hlo.shapes import shape_bytes
 from ffjax.cost.hlo.traffic import reads
@@ -38,7 +38,9 @@ def rematerialized(module: Module, planned: Collection[float]) -> list[Remateria
         readers = _readers(computation)
         for instruction in computation:
             collective = collective_of(instruction, module.devices)
-            if collective is None or collective.kind != "all_gather" or collective.bytes in planned:
+            if collective is None or collective.kind != "all_gather":
+                continue
+            if all(size in planned for _, size in parts_of(instruction, collective, computation, module)):
                 continue
             if _read_in_part(instruction, computation, readers, module):
                 found.append(

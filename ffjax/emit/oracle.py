@@ -160,6 +160,7 @@ class _Reader:
         mesh = self.mesh_of(sharding)
         layout = self.layout(sharding, mesh)
         size = _local_bytes(op.results[0], layout)
+        kind = _SDY[op.name]
         if op.name == "sdy.collective_permute":
             names = moved_axes(self.layout_of(op.operands[0], mesh), layout)
         else:
@@ -168,7 +169,10 @@ class _Reader:
             if op.name == "sdy.reduce_scatter":
                 scattered = [_parts(dim, mesh) for dim in re.findall(r"\{([^}]*)\}", text)]
                 size *= math.prod(p.size for dim in scattered for p in dim)
-        return Collective(_SDY[op.name], tuple(a for a in mesh.axes if a in names), size)
+                if sum(bool(dim) for dim in scattered) > 1:
+                    # The compiler forms none that slices several dimensions: an all-reduce and slices remain.
+                    kind = "all_reduce"
+        return Collective(kind, tuple(a for a in mesh.axes if a in names), size)
 
     def user_collective(self, op: ir.Operation) -> Collective:
         kind = _STABLEHLO[op.name]

@@ -13,7 +13,7 @@ from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.regions import Dims, Regions
 from ffjax.ir.reshard_chain import Hop, reshard_chain
-from ffjax.ir.spec import Collective, CollectiveKind, MeshShape, Spec, shard_count, spec_axes
+from ffjax.ir.spec import Collective, CollectiveKind, MeshShape, Spec, shard_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ class Layout:
     def scatters(self, value: int, axes: tuple[str, ...], reads: set[Spec]) -> bool:
         """Whether partial sums over `axes` are reduce-scattered: by plan, or because all who read them slice so.
 
-        An all-reduce that only a slice over the same axes reads is a reduce-scatter to the partitioner.
+        An all-reduce that only a slice of one dimension over the same axes reads is a reduce-scatter to the compiler.
         """
         home, partial = self.home(value), self.partial(value)
         if home != partial:
@@ -151,7 +151,10 @@ class Layout:
         if len(reads) != 1:
             return False
         way = self.way(value, *reads)
-        return bool(way) and way[0].step is None and set(spec_axes(way[0].spec)) - set(spec_axes(home)) == set(axes)
+        if not way or way[0].step is not None:
+            return False
+        sliced = [set(after) - set(before) for before, after in zip(home, way[0].spec, strict=True)]
+        return [some for some in sliced if some] == [set(axes)]
 
     def way(self, value: int, spec: Spec) -> tuple[Hop, ...]:
         """The moves that take a value from its home to another sharding."""
