@@ -5,8 +5,12 @@ bytes are counted where a value really is in memory:
 
     a value is materialised  if what makes it is no fusible op, or if something other than a fusible op reads it
     a kernel                 = one op that does work, or one materialised result of fusible ops
-    its bytes                = operands and results of an op that does work; one read per region and materialised value,
-                               one write per materialised result, of fusible ops
+    its bytes                = operands and results of an op that does work; for fusible ops one read per pass of a
+                               region and materialised value, one write per materialised result
+
+Fusible ops of a region are one pass over its data if none of them waits for an op that does work, or for a sum over
+more than rows, that another of them feeds. A later pass (the backward one, of a softmax) reads again what is in memory,
+and makes again from it what is not.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from dataclasses import dataclass, field
 from ffjax.cost.work import Work, work_of
 from ffjax.ir import compat
 from ffjax.ir.graph import NO_VALUE, Graph, Op
-from ffjax.ir.regions import Dims, Regions, is_light, is_reduction
+from ffjax.ir.regions import Dims, Region, Regions, is_light, is_reduction
 
 _BORDERS = frozenset({"argument", "result", "enter", "exit"})
 _FREE = frozenset(
@@ -35,6 +39,12 @@ _FREE = frozenset(
     ]
 )
 _LAYOUT = frozenset({"transpose", "reshape", "squeeze", "expand_dims", "bitcast_convert_type"})
+_FLOPS_PER_ELEMENT = {
+    **dict.fromkeys(("div", "sqrt", "rsqrt", "cbrt", "rem"), 4.0),
+    **dict.fromkeys(("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "sin", "cos", "tan"), 16.0),
+    **dict.fromkeys(("erf", "erf_inv", "erfc", "pow", "atan2", "lgamma", "digamma", "sinh", "cosh", "asinh"), 32.0),
+}
+"""Of functions that are series or iterations of multiply-adds, about; all others are one operation."""
 MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"})
 
 
@@ -61,7 +71,8 @@ def kernels(regions: Regions) -> list[Kernel]:
     graph = regions.graph
     in_memory = materialised(graph)
     made: list[Kernel] = []
-    read: set[tuple[int, int, Dims]] = set()
+    passes = _passes(graph)
+    read: set[tuple[int, int, Dims, int]] = set()
     for region in regions.regions:
         for op_id, dims in zip(region.ops, region.dims, strict=True):
             op = graph.ops[op_id]
@@ -75,21 +86,15 @@ def kernels(regions: Regions) -> list[Kernel]:
             else:
                 if all(graph.values[v].constant for v in op.results):
                     continue
-                fresh = []
-                for value, port in zip(op.operands, dims.operands, strict=True):
-                    if value != NO_VALUE and in_memory[value] and (region.id, value, port) not in read:
-                        read.add((region.id, value, port))
-                        fresh.append((port, graph.values[value].bytes))
+                fresh = _reads(regions, region, op_id, in_memory, passes, read)
                 writes = [
                     (port, graph.values[value].bytes)
                     for value, port in zip(op.results, dims.results, strict=True)
                     if in_memory[value]
                 ]
                 traffic = tuple(fresh + writes)
-                flops = float(
-                    max((math.prod(graph.values[v].shape) for v in op.results + op.operands if v >= 0), default=0)
-                )
-                if not traffic:
+                flops = op_flops(op, graph)
+                if not traffic and op.kind not in _FLOPS_PER_ELEMENT:
                     continue
             made.append(
                 Kernel(
@@ -106,6 +111,54 @@ def kernels(regions: Regions) -> list[Kernel]:
                 )
             )
     return sorted(made, key=lambda k: k.op)
+
+
+def _passes(graph: Graph) -> list[int]:
+    """For each op how many other kernels, one after the other, it waits for."""
+    passes = [0] * len(graph.ops)
+    for op in graph.ops:
+        for value in op.operands:
+            if value != NO_VALUE and not graph.values[value].constant:
+                producer = graph.ops[graph.values[value].producer]
+                passes[op.id] = max(passes[op.id], passes[producer.id] + _ends_a_pass(producer))
+    return passes
+
+
+def _ends_a_pass(op: Op) -> bool:
+    """Whether what reads an op's results is another kernel. Sums along rows are kept in one with what reads them."""
+    if not is_reduction(op):
+        return not fusible(op)
+    if op.eqn is None or "axes" not in op.eqn.params:
+        return True
+    rank, axes = len(compat.shape_of(op.eqn.invars[0])), op.eqn.params["axes"]
+    return sorted(axes) != list(range(rank - len(axes), rank)) or len(axes) == rank
+
+
+def _reads(
+    regions: Regions,
+    region: Region,
+    op_id: int,
+    in_memory: Sequence[bool],
+    passes: Sequence[int],
+    read: set[tuple[int, int, Dims, int]],
+) -> list[tuple[Dims, float]]:
+    """What a fusible op is the first of its region's pass to read from memory; `read` is added to."""
+    graph, now = regions.graph, passes[op_id]
+    fresh: list[tuple[Dims, float]] = []
+    ahead = list(zip(graph.ops[op_id].operands, regions.ports[op_id].operands, strict=True))
+    while ahead:
+        value, port = ahead.pop()
+        if value == NO_VALUE or graph.values[value].constant or (region.id, value, port, now) in read:
+            continue
+        producer = graph.ops[graph.values[value].producer]
+        if not in_memory[value] and passes[producer.id] == now:
+            continue  # made in this pass
+        read.add((region.id, value, port, now))
+        if in_memory[value] or regions.region_of[producer.id] != region.id:
+            fresh.append((port, graph.values[value].bytes))
+        else:
+            ahead += zip(producer.operands, regions.ports[producer.id].operands, strict=True)
+    return fresh
 
 
 def by_family(kernels: Sequence[Kernel], keys: Sequence[str]) -> dict[str, list[Kernel]]:
@@ -153,7 +206,7 @@ def materialised(graph: Graph) -> list[bool]:
 
 
 def op_flops(op: Op, graph: Graph) -> float:
-    """Floating-point operations of one op at its full shape: two per multiply-add, else one per element."""
+    """Floating-point operations of one op at its full shape: two per multiply-add, else those of its elements."""
     result = graph.values[op.results[0]] if op.results else None
     if op.kind == "dot_general":
         return 2.0 * math.prod(op.rule.sizes)
@@ -165,7 +218,8 @@ def op_flops(op: Op, graph: Graph) -> float:
         return 2.0 * math.prod(result.shape) * math.prod(kernel) / features / holes
     if op.kind in ("ragged_dot_general", "ragged_dot") and op.eqn is not None and result is not None:
         return 2.0 * math.prod(compat.shape_of(op.eqn.invars[0])) * compat.shape_of(op.eqn.invars[1])[-1]
-    return float(max((math.prod(graph.values[v].shape) for v in op.results + op.operands if v != NO_VALUE), default=0))
+    elements = max((math.prod(graph.values[v].shape) for v in op.results + op.operands if v != NO_VALUE), default=0)
+    return _FLOPS_PER_ELEMENT.get(op.kind, 1.0) * elements
 
 
 def _work_traffic(

@@ -1,0 +1,111 @@
+"""Plans for H100s that are not here, compiled: predicted beside what XLA:GPU makes of them.
+
+pip install "ffjax[gpu-compile]"
+JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 python benchmarks/verify.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from tables import write
+
+import ffjax
+from ffjax.examples import convnet, gpt, moe, recommender
+from ffjax.planner import plan_program, trace_step
+from ffjax.verify import Verification, verify
+
+GPT = dataclasses.replace(gpt.Config.gpt2(), layers=2, dtype="bfloat16")
+MODELS = {
+    "gpt, unrolled": (gpt, GPT, 0),
+    "gpt, scanned, remat": (gpt, dataclasses.replace(GPT, layers=12, scan_layers=True, remat=True), 0),
+    "convnet": (convnet, convnet.Config(), (0, 1)),
+    "recommender": (recommender, recommender.Config(), 0),
+    "moe": (moe, moe.Config(), 0),
+}
+STRATEGIES = ("auto", "data_parallel", "fsdp", "tensor_parallel", "fsdp+tensor_parallel")
+CLUSTERS = (
+    (ffjax.Cluster.named("h100"), {"x": 8}),
+    (ffjax.Cluster.named("h100"), {"x": 4, "y": 2}),
+    (ffjax.Cluster.named("h100", hosts=2), {"x": 2, "y": 8}),
+)
+
+
+def collective_bytes(checked: Verification) -> tuple[float, float]:
+    """Planned and compiled, of all kinds together."""
+    own = checked.collectives.comparisons
+    return sum(c.planned_bytes for c in own), sum(c.compiled_bytes for c in own)
+
+
+def ratio(planned: float, compiled: float) -> str:
+    return f"{planned / compiled:.2f}" if compiled else "-" if not planned else "inf"
+
+
+def main() -> None:
+    rows, steps, peaks, bytes_, orders = [], [], [], [], []
+    for name, (module, config, donated) in MODELS.items():
+        step, args = module.make_train_step(config), module.example_args(config)
+        program = trace_step(step, args, {}, donate_argnums=donated)
+        for cluster, mesh in CLUSTERS:
+            devices = cluster.compile_only_devices()
+            own: list[tuple[float, float]] = []
+            for strategy in STRATEGIES:
+                try:
+                    plan = plan_program(program, cluster=cluster, mesh=mesh, strategy=strategy)
+                except ffjax.errors.PlanError:
+                    continue  # no use for this mesh, or too big
+                checked = verify(plan, cluster, devices)
+                planned, compiled = collective_bytes(checked)
+                own.append((checked.planned_step_s, checked.compiled_step_s))
+                steps.append(checked.planned_step_s / checked.compiled_step_s)
+                peaks.append(checked.planned_peak_bytes / checked.compiled_peak_bytes)
+                bytes_.append(1.0 if planned == compiled else planned / max(compiled, 1.0))
+                differ = [
+                    f"{c.kind} over {'*'.join(c.axes)} {c.planned_bytes:.3g} -> {c.compiled_bytes:.3g}"
+                    for c in checked.collectives.comparisons
+                    if abs(c.planned_bytes - c.compiled_bytes) > 0.05 * max(planned, 1.0)
+                ]
+                rows.append(
+                    (
+                        name,
+                        f"{cluster.hosts}x{cluster.devices_per_host}",
+                        plan.mesh,
+                        strategy,
+                        f"{checked.planned_step_s * 1e3:.3f}",
+                        f"{checked.compiled_step_s * 1e3:.3f}",
+                        ratio(checked.planned_step_s, checked.compiled_step_s),
+                        ratio(checked.planned_peak_bytes, checked.compiled_peak_bytes),
+                        ratio(planned, compiled),
+                        "; ".join(differ),
+                    )
+                )
+                print(*rows[-1], sep=" | ", flush=True)
+            best = min(range(len(own)), key=lambda i: own[i][0])
+            orders.append(own[best][1] / min(c for _, c in own))
+
+    def within(values: list[float], share: float) -> str:
+        return f"{np.mean(np.abs(np.array(values) - 1) <= share):.0%}"
+
+    write(
+        "verify",
+        "Plans for H100s, predicted and compiled",
+        [
+            "Step: the plan in the simulator, and the compiled, scheduled program in the HLO simulator, on the same "
+            "figures. Peak: of one device. Bytes: of all collectives; the last column has the kinds that differ by "
+            "more than 5% of all bytes. Ratios are predicted / compiled.",
+            f"{len(rows)} cases. Step: median ratio {np.median(steps):.2f}, within 10% in {within(steps, 0.1)}, within "
+            f"25% in {within(steps, 0.25)}. Peak: within 10% in {within(peaks, 0.1)}, lowest {min(peaks):.2f}. "
+            f"Collective bytes: within 5% in {within(bytes_, 0.05)}.",
+            f"Of the {len(orders)} models and meshes, the plan predicted to be fastest is, as compiled, at most "
+            f"{max(orders):.2f} times the fastest of them as compiled (median {np.median(orders):.2f}).",
+        ],
+        (
+            "model", "hosts", "mesh", "strategy", "planned ms", "compiled ms", "step", "peak", "bytes", "differ",
+        ),
+        rows,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
