@@ -14,7 +14,7 @@ from tables import write
 import ffjax
 from ffjax.examples import convnet, gpt, moe, recommender
 from ffjax.planner import plan_program, trace_step
-from ffjax.verify import Verification, verify
+from ffjax.verifying import Verification, verify
 
 GPT = dataclasses.replace(gpt.Config.gpt2(), layers=2, dtype="bfloat16")
 MODELS = {

@@ -16,8 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import ffjax
-from ffjax import planner
-from ffjax import verify as verifying
+from ffjax import planner, verifying
 from ffjax.cli_options import LOCAL, Question, cluster_named, settings_of, with_question
 from ffjax.cli_profile import cases_for, check_kinds, here_as, run_profile
 from ffjax.cost.cluster import Cluster

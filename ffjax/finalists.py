@@ -13,7 +13,7 @@ from ffjax.explain import bytes_text
 from ffjax.inputs import amount
 from ffjax.plan import Finalist, Plan
 from ffjax.strategies.search import Found, Progress, SearchResult
-from ffjax.verify import Verification, devices_for, verify
+from ffjax.verifying import Verification, devices_for, verify
 
 MOST_FINALISTS = 3
 _ROUNDS = 3

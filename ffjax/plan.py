@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 from jax.sharding import PartitionSpec
@@ -29,6 +29,9 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.spec import MeshShape, Spec
 from ffjax.ir.trace import Program
 from ffjax.plain import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from ffjax.verifying import Verification
 
 FORMAT = 1
 
@@ -202,9 +205,25 @@ class Plan:
         `cluster`: by default the one that the plan was made for; a loaded plan finds it if it is a shipped one.
         Raises PlanError for a plan that is not bound, or whose cluster is not known or is another.
         """
-        from ffjax.simulate import simulate_plan
+        from ffjax.simulating import simulate_plan
 
         return simulate_plan(self, cluster)
+
+    def verify(self, cluster: Cluster | None = None, devices: Sequence[jax.Device] | None = None) -> Verification:
+        """Compiles the plan, and puts what was predicted beside what the compiler made of it.
+
+        Args:
+          cluster: by default the one that the plan was made for; a loaded plan finds it if it is a shipped one.
+          devices: to compile for; by default those here if they are the cluster's, else compile-only ones.
+
+        Raises:
+          PlanError: for a plan that is not bound, or whose cluster is not known or is another.
+          ClusterError: where there are no devices to compile for.
+        """
+        from ffjax.simulating import cluster_of_plan
+        from ffjax.verifying import verify
+
+        return verify(self, cluster_of_plan(self, cluster), devices)
 
     def explain(self, details: bool = False) -> str:
         """Why: what is sharded how, what it costs, and what the runner-up would have cost."""

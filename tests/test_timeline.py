@@ -147,7 +147,7 @@ def test_plans_that_cannot_be_simulated() -> None:
     with pytest.raises(PlanError, match=r"the cluster 'mine', which is none of those shipped .*Remedy: plan.simulate"):
         mine.simulate()
     assert mine.simulate(Cluster.named("h100")) == plan.simulate()
-    with pytest.raises(PlanError, match=r"cannot be simulated: mesh 8 has 8 devices but cluster 'h100' has 16"):
+    with pytest.raises(PlanError, match=r"cannot run there: mesh 8 has 8 devices but cluster 'h100' has 16"):
         plan.simulate(Cluster.named("h100", hosts=2))
     two = dataclasses.replace(plan, axis_prices=(7.0,))
     with pytest.raises(PlanError, match=r"made for other links than those of 'h100' with 1 x 8 devices. Remedy"):

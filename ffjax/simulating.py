@@ -17,19 +17,25 @@ from ffjax.plan import Plan
 def simulate_plan(plan: Plan, cluster: Cluster | None = None) -> Timeline:
     """Simulates a plan that is bound; see `Plan.simulate`."""
     layout = plan.bound
+    model = CollectiveModel(plan.mesh, cluster_of_plan(plan, cluster))
+    regions = layout.regions
+    return simulate(layout, kernels(regions), model, MemoryModel(regions, lifetimes(regions.graph)))
+
+
+def cluster_of_plan(plan: Plan, cluster: Cluster | None = None) -> Cluster:
+    """The cluster that a plan was made for, or the given one if it is such a cluster; raises PlanError if not."""
     cluster = cluster or plan.described or _shipped_cluster(plan)
     try:
         model = CollectiveModel(plan.mesh, cluster)
     except ClusterError as error:
-        raise PlanError(f"the plan of {plan.program!r} cannot be simulated: {error}") from error
+        raise PlanError(f"the plan of {plan.program!r} cannot run there: {error}") from error
     if not np.allclose(model.axis_prices, plan.axis_prices, rtol=1e-6):
         raise PlanError(
             f"the plan of {plan.program!r} was made for other links than those of {cluster.name!r} with "
-            f"{cluster.hosts} x {cluster.devices_per_host} devices. Remedy: plan.simulate(cluster=...) with the one "
-            "that it was planned for."
+            f"{cluster.hosts} x {cluster.devices_per_host} devices. Remedy: give cluster= the one that it was planned "
+            "for."
         )
-    regions = layout.regions
-    return simulate(layout, kernels(regions), model, MemoryModel(regions, lifetimes(regions.graph)))
+    return cluster
 
 
 def _shipped_cluster(plan: Plan) -> Cluster:
@@ -42,5 +48,5 @@ def _shipped_cluster(plan: Plan) -> Cluster:
         return Cluster.named(plan.cluster, hosts=1, devices_per_host=plan.devices)
     raise PlanError(
         f"the plan of {plan.program!r} was made for the cluster {plan.cluster!r}, which is none of those shipped "
-        f"({', '.join(Cluster.names())}). Remedy: plan.simulate(cluster=ffjax.Cluster.load(path))."
+        f"({', '.join(Cluster.names())}). Remedy: cluster=ffjax.Cluster.load(path)."
     )
