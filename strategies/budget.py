@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.memory import Lifetimes, MemoryModel, Peak
+from ffjax.cost.lifetimes import Lifetimes
+from ffjax.cost.memory import MemoryModel, Peak
 from ffjax.ir.assignment import UNUSED
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims
@@ -65,7 +66,7 @@ def solve_within(
         if found.fits:
             return found
         fastest = fastest or found
-        instants.append(instant(problem, times, found.peak.op, budget_bytes * _MARGIN))
+        instants.append(instant(problem, times, found.peak.instant, budget_bytes * _MARGIN))
     return fastest
 
 
@@ -76,7 +77,7 @@ def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: Me
 
 
 def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) -> Instant:
-    """What is in memory at one op, as a function of the candidates."""
+    """What is in memory at one instant, as a function of the candidates."""
     regions, graph = problem.regions, problem.regions.graph
     by_dims: dict[tuple[int, Dims], float] = {}
     fixed = 0.0
@@ -91,12 +92,13 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     for (node, dims), size in by_dims.items():
         share = size / _home_splits(problem, node, dims)
         node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
-    _add_sums(problem, at, node_bytes)
+    _add_sums(problem, int(times.op_at[min(at, len(graph.ops) - 1)]), node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
     for edge in regions.edges:
         key_ = (edge.value, graph.ops[edge.op].scope)
-        first, last = reads.get(key_, (edge.op, edge.op))
-        reads[key_] = (min(first, edge.op), max(last, int(times.until[edge.op])))
+        when, until = int(times.when[edge.op]), int(times.until[edge.op])
+        first, last = reads.get(key_, (when, until))
+        reads[key_] = (min(first, when), max(last, until))
     copy_bytes: dict[int, NDArray[np.float64]] = {}
     for index, transfer in enumerate(problem.transfers):
         alive = sum(1 for member in transfer.values if reads[member][0] <= at <= reads[member][1])
@@ -106,10 +108,10 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     return Instant(node_bytes=node_bytes, copy_bytes=copy_bytes, fixed_bytes=fixed, budget_bytes=budget_bytes)
 
 
-def _add_sums(problem: Problem, at: int, node_bytes: dict[int, NDArray[np.float64]]) -> None:
+def _add_sums(problem: Problem, op_id: int, node_bytes: dict[int, NDArray[np.float64]]) -> None:
     """Adds the partial sums that an op makes under the candidates that scatter them."""
     regions, graph = problem.regions, problem.regions.graph
-    op, region = graph.ops[at], regions.regions[regions.region_of[at]]
+    op, region = graph.ops[op_id], regions.regions[regions.region_of[op_id]]
     if not region.solo or len(op.results) != 1 or not region.dims[0].reduced:
         return
     node = problem.node_of[region.id]

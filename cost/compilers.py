@@ -1,0 +1,36 @@
+"""What a platform's compiler does to a program that decides what is in memory when.
+
+Each field is a behaviour that was seen in XLA's buffer assignments (`--xla_dump_to`, jax 0.10.2); the shares are
+measured by `benchmarks/memory.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ffjax.cost.cluster import Platform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiler:
+    """How one compiler schedules, fuses and allocates. The defaults follow the program to the letter."""
+
+    runs_late: bool = False
+    """Ops run as late as their readers allow, rather than in the order of the program."""
+    merges_remat: bool = False
+    """Recomputation outside of loops is merged with the original: the barrier is dropped before common subexpressions
+    are eliminated."""
+    keeps_expensive: bool = False
+    """A transcendental that several kernels read is stored, not computed again in each."""
+    fragmentation: float = 0.0
+    """Bytes lost between temporaries, as a share of them."""
+
+
+XLA_CPU = Compiler(merges_remat=True, keeps_expensive=True)
+XLA_GPU = Compiler(runs_late=True, keeps_expensive=True)
+TO_THE_LETTER = Compiler()
+
+
+def compiler_of(platform: Platform) -> Compiler:
+    """The compiler of a platform; one that follows the program to the letter where none was studied (TPU)."""
+    return {"cpu": XLA_CPU, "gpu": XLA_GPU}.get(platform, TO_THE_LETTER)

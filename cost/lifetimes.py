@@ -1,0 +1,138 @@
+"""When each value of a program is in memory, whatever its sharding.
+
+A value lives from the op that makes it to the last op that reads it, directly or through fused values that are never
+in memory themselves. Crossing into a loop: what a body only reads stays alive for the whole loop and is not copied, a
+stacked result is allocated when its loop starts, a carry takes over its initial value's place. Arguments live for the
+whole step unless they are donated; a result that replaces a donated argument takes over its buffer. The order of the
+ops, and what is fused, are the compiler's (`ffjax.cost.compilers`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ffjax.cost.compilers import TO_THE_LETTER, Compiler
+from ffjax.cost.kernels import fusible, materialised
+from ffjax.cost.order import as_late_as_possible, as_written, scope_spans
+from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.regions import is_reduction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetimes:
+    """When things happen: instants are numbered from 0, one for each op.
+
+    For each op `when` it runs, and `until` when it has really read its operands: a fused one reads them in the op that
+    it is fused into, a body all through its loop. For each value the `first` and the `last` instant at which it is in
+    memory; `first > last` if it never is.
+    """
+
+    when: NDArray[np.int64]
+    until: NDArray[np.int64]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+    @property
+    def op_at(self) -> NDArray[np.int64]:
+        """For each instant the op that runs."""
+        return np.argsort(self.when)
+
+
+def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
+    """When each value is in memory under a compiler's schedule."""
+    end = len(graph.ops)
+    when = as_late_as_possible(graph) if compiler.runs_late else as_written(graph)
+    loop_end = [int(when[first : last + 1].max(initial=-1)) for first, last in scope_spans(graph)]
+    loop_start = [int(when[first : last + 1].min(initial=end)) for first, last in scope_spans(graph)]
+    carries = _carries(graph)
+    in_memory = buffered(graph, compiler)
+    first = when[np.array([v.producer for v in graph.values], dtype=np.int64)]
+    last = first.copy()
+    stays = [False] * len(graph.values)
+    untils = when.copy()
+    # Backwards, so that what a fused value reads inherits the ops that read the fused value.
+    for op in reversed(graph.ops):
+        until = int(when[op.id])
+        if fusible(op) and not is_reduction(op):
+            until = max([until, *(int(last[v]) for v in op.results if not in_memory[v])])
+        if op.kind == "enter" and op.id not in carries:
+            # What a body only reads is the outer array itself, for as long as the loop runs.
+            until = loop_end[graph.values[op.results[0]].scope]
+        untils[op.id] = until
+        for value in op.operands:
+            if value != NO_VALUE:
+                last[value] = max(last[value], until)
+    donated = _donated(graph)
+    replaced = _replaced(graph)
+    for position, op_id in enumerate(graph.arguments):
+        value = graph.ops[op_id].results[0]
+        first[value] = 0
+        if not donated[position] or position in replaced:
+            last[value] = end
+    for op_id in graph.outputs:
+        value = graph.ops[op_id].operands[0]
+        if value != NO_VALUE:
+            last[value] = end
+            stays[value] = True
+    taken_over = {graph.ops[graph.outputs[r]].operands[0] for a, r in _replacing(graph)}
+    for op in graph.ops:
+        for value in op.results:
+            inner = graph.values[value].scope
+            if op.kind == "exit" and op.rule.need_replication:
+                first[value] = loop_start[graph.ops[op.id].scope]  # a stacked result is there from the loop's start
+            if op.kind == "enter" and op.id not in carries:
+                last[value] = first[value] - 1
+            elif op.kind == "enter" and inner:
+                last[value] = max(last[value], first[value])
+            if not in_memory[value] and not stays[value]:
+                last[value] = first[value] - 1
+            if value in taken_over and value != NO_VALUE:
+                last[value] = first[value] - 1
+    return Lifetimes(when=when, until=untils, first=first, last=last)
+
+
+_EXPENSIVE = frozenset(["tanh", "log", "log1p", "expm1", "erf", "erfc", "erf_inv", "logistic", "pow", "sin", "cos"])
+
+
+def buffered(graph: Graph, compiler: Compiler) -> list[bool]:
+    """For each value whether it is in memory: what `materialised` says, and what the compiler would not recompute."""
+    in_memory = materialised(graph)
+    if not compiler.keeps_expensive:
+        return in_memory
+    # For each value the kernels that read it, two at most: more make no difference.
+    kernels: list[frozenset[int]] = [frozenset()] * len(graph.values)
+    for op in reversed(graph.ops):
+        if fusible(op) and not is_reduction(op) and not any(in_memory[v] for v in op.results):
+            readers = frozenset().union(*(kernels[v] for v in op.results))
+        else:
+            readers = frozenset([op.id])
+        if op.kind in _EXPENSIVE and len(readers) > 1:
+            for value in op.results:
+                in_memory[value] = True
+            readers = frozenset([op.id])
+        for value in op.operands:
+            if value != NO_VALUE and len(kernels[value]) < 2:
+                kernels[value] = frozenset(sorted(kernels[value] | readers)[:2])
+    return in_memory
+
+
+def _carries(graph: Graph) -> set[int]:
+    """The `enter` ops that bring in a carry's first value, rather than a constant or a stacked array."""
+    return {op for pair in graph.ties for op, side, _ in pair if side == "result"}
+
+
+def _donated(graph: Graph) -> list[bool]:
+    return [False] * len(graph.program.closures) + list(graph.program.donated)
+
+
+def _replacing(graph: Graph) -> list[tuple[int, int]]:
+    """The ties whose argument is donated: the result takes over its buffer."""
+    return [(a, r) for a, r in graph.program.ties if graph.program.donated[a]]
+
+
+def _replaced(graph: Graph) -> set[int]:
+    offset = len(graph.program.closures)
+    return {a + offset for a, _ in _replacing(graph)}
