@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
 from ffjax.cost.kernels import fusible, materialised
-from ffjax.cost.order import as_late_as_possible, as_written, scope_spans
+from ffjax.cost.order import as_written, from_the_end, scope_spans
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.regions import is_reduction
 
@@ -44,11 +44,11 @@ class Lifetimes:
 def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
     """When each value is in memory under a compiler's schedule."""
     end = len(graph.ops)
-    when = as_late_as_possible(graph) if compiler.runs_late else as_written(graph)
+    in_memory = buffered(graph, compiler)
+    when = from_the_end(graph, in_memory) if compiler.runs_late else as_written(graph)
     loop_end = [int(when[first : last + 1].max(initial=-1)) for first, last in scope_spans(graph)]
     loop_start = [int(when[first : last + 1].min(initial=end)) for first, last in scope_spans(graph)]
     carries = _carries(graph)
-    in_memory = buffered(graph, compiler)
     first = when[np.array([v.producer for v in graph.values], dtype=np.int64)]
     last = first.copy()
     stays = [False] * len(graph.values)

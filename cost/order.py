@@ -1,14 +1,17 @@
 """The order in which the compiler runs the ops: as written, or each as late as its readers allow.
 
-XLA:GPU's latency-hiding scheduler works from the end of a program to its start and takes what has been waiting longest,
-so that whatever only results read (gradients of weights, their sums over devices, the optimizer's updates) runs after
-the whole backward pass, while the activations that it reads stay in memory. XLA:CPU keeps nearly to the order of the
-program. The bodies of loops and branches are scheduled by themselves, each where its loop stands.
+XLA:GPU's latency-hiding scheduler (`xla/service/latency_hiding_scheduler.cc`) works from the end of a program to its
+start. An op that only just became possible would stall, so where something else waits that goes first; of what waits,
+what makes most other ops possible, then what is written last. Hence gradients of weights, which nothing on the way back
+waits for, run long after the activations that they read are made, and those stay in memory until then. XLA:CPU keeps
+nearly to the order of the program. The bodies of loops and branches are scheduled by themselves, each where its loop
+stands. Which collectives there are depends on the sharding and is not looked at.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +25,21 @@ def as_written(graph: Graph) -> NDArray[np.int64]:
     return np.arange(len(graph.ops), dtype=np.int64)
 
 
-def as_late_as_possible(graph: Graph) -> NDArray[np.int64]:
-    """For each op when it runs: backwards from the end, first come, first served."""
-    spans = scope_spans(graph)
+def from_the_end(graph: Graph, in_memory: Sequence[bool]) -> NDArray[np.int64]:
+    """For each op when it runs under the latency-hiding scheduler.
+
+    Args:
+      graph: the program.
+      in_memory: for each value whether a kernel leaves it there; an op that makes no such value runs in its readers'.
+    """
     inside: dict[int, dict[int, list[_Span]]] = {}
+    spans = scope_spans(graph)
     for scopes in graph.scopes_of.values():
         bodies = [_Span(*spans[s], s) for s in scopes if spans[s][1] >= 0]
         if bodies:
             inside.setdefault(graph.scopes[scopes[0]].parent, {})[bodies[0].first] = bodies
-    order = _backwards(graph, inside, _Span(0, len(graph.ops) - 1, 0))
+    kernel = [not op.results or any(in_memory[v] or not graph.values[v].shape for v in op.results) for op in graph.ops]
+    order = _schedule(graph, kernel, inside, _Span(0, len(graph.ops) - 1, 0))
     when = np.empty(len(graph.ops), dtype=np.int64)
     when[order] = np.arange(len(graph.ops))
     return when
@@ -45,35 +54,88 @@ class _Span:
     scope: int
 
 
-def _backwards(graph: Graph, inside: dict[int, dict[int, list[_Span]]], span: _Span) -> list[int]:
+def _schedule(
+    graph: Graph, kernel: Sequence[bool], inside: dict[int, dict[int, list[_Span]]], span: _Span
+) -> list[int]:
     """The ops of one body in the order in which they run. A loop inside it is one step; what enters comes first."""
     steps: list[list[int]] = []
     step_of: dict[int, int] = {}
     at = span.first
     while at <= span.last:
         bodies = inside.get(span.scope, {}).get(at, [])
-        ops = [op for body in bodies for op in _backwards(graph, inside, body)] or [at]
+        ops = [op for body in bodies for op in _schedule(graph, kernel, inside, body)] or [at]
         step_of.update(dict.fromkeys(ops, len(steps)))
         steps.append(ops)
         at += len(ops)
     entering = set() if not span.scope else {step_of[op] for op in graph.scopes[span.scope].enter}
     makers: list[set[int]] = []
-    waiting = [0] * len(steps)
     for index, ops in enumerate(steps):
         read = {graph.values[v].producer for op in ops for v in graph.ops[op].operands if v != NO_VALUE}
         makers.append({step_of[op] for op in read if op in step_of} - entering - {index})
-        for maker in makers[-1]:
+    runs = [i not in entering and (len(ops) > 1 or kernel[ops[0]]) for i, ops in enumerate(steps)]
+    # What is fused runs in the kernels that read it: those wait for what it reads.
+    reads: list[frozenset[int]] = []
+    for index in range(len(steps)):
+        reads.append(frozenset().union(*({m} if runs[m] else reads[m] for m in makers[index])))
+    order = _from_the_end([reads[i] if runs[i] else frozenset[int]() for i in range(len(steps))], runs)
+    return [op for step in [*sorted(entering), *_with_fused(order, makers, runs)] for op in steps[step]]
+
+
+def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool]) -> list[int]:
+    """The kernels in order. `reads`: for each the kernels whose results it reads."""
+    waiting = [0] * len(reads)
+    last_reader = [0] * len(reads)  # the sum of the readers that have not run: with one left, that one
+    for reader, made in enumerate(reads):
+        for maker in made:
             waiting[maker] += 1
-    ready = deque(i for i in reversed(range(len(steps))) if not waiting[i] and i not in entering)
+            last_reader[maker] += reader
+    frees = [sum(waiting[m] == 1 for m in made) for made in reads]
+    queue = [(-frees[k], -k) for k, runs_ in enumerate(runs) if runs_ and not waiting[k]]
+    heapq.heapify(queue)
+    done = [False] * len(reads)
+    fresh: list[int] = []
     backwards: list[int] = []
-    while ready:
-        step = ready.popleft()
-        backwards.append(step)
-        for maker in sorted(makers[step], reverse=True):
+    while queue or fresh:
+        if not queue:
+            queue, fresh = [(-frees[k], -k) for k in fresh], []
+            heapq.heapify(queue)
+        score, negative = heapq.heappop(queue)
+        taken = -negative
+        if done[taken] or -score != frees[taken]:
+            continue
+        done[taken] = True
+        backwards.append(taken)
+        for k in fresh:
+            heapq.heappush(queue, (-frees[k], -k))
+        fresh = []
+        for maker in reads[taken]:
             waiting[maker] -= 1
-            if not waiting[maker]:
-                ready.append(maker)
-    return [op for step in [*sorted(entering), *reversed(backwards)] for op in steps[step]]
+            last_reader[maker] -= taken
+            if waiting[maker] == 0:
+                fresh.append(maker)
+            elif waiting[maker] == 1:
+                reader = last_reader[maker]
+                frees[reader] += 1
+                if not waiting[reader]:
+                    heapq.heappush(queue, (-frees[reader], -reader))
+    return backwards[::-1]
+
+
+def _with_fused(order: Sequence[int], makers: Sequence[set[int]], runs: Sequence[bool]) -> list[int]:
+    """The kernels with each fused step right before the first kernel that reads it."""
+    placed = [False] * len(makers)
+    full: list[int] = []
+    for kernel in order:
+        stack = [kernel]
+        inside: list[int] = []
+        while stack:
+            step = stack.pop()
+            if not placed[step]:
+                placed[step] = True
+                inside.append(step)
+                stack.extend(m for m in makers[step] if not runs[m])
+        full.extend(sorted(inside))
+    return full
 
 
 def scope_spans(graph: Graph) -> list[tuple[int, int]]:
