@@ -53,6 +53,7 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
     last = first.copy()
     stays = [False] * len(graph.values)
     untils = when.copy()
+    replacing = {graph.outputs[r] for _, r in _replacing(graph)}
     # Backwards, so that what a fused value reads inherits the ops that read the fused value.
     for op in reversed(graph.ops):
         until = int(when[op.id])
@@ -61,6 +62,8 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
         if op.kind == "enter" and op.id not in carries:
             # What a body only reads is the outer array itself, for as long as the loop runs.
             until = loop_end[graph.values[op.results[0]].scope]
+        if op.kind == "result" and op.id not in replacing:
+            until = end
         untils[op.id] = until
         for value in op.operands:
             if value != NO_VALUE:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
-from ffjax.ir.graph import Graph
+from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import Spec, shard_count
@@ -46,7 +46,7 @@ class MemoryModel:
         family: Sequence[Hashable] = range(len(regions.regions)) if keys is None else keys
         alive = [v for v in graph.values if times.first[v.id] <= times.last[v.id] and v.bytes]
         self.values = np.array([v.id for v in alive], dtype=np.int64)
-        self.first, self.last = times.first[self.values], times.last[self.values]
+        self.first, self.last = times.first[self.values], _last_at_home(regions, times)
         self.bytes = np.array([v.bytes for v in alive])
         groups: dict[Hashable, int] = {}
         self.homes: list[int] = []
@@ -83,8 +83,12 @@ class MemoryModel:
         """The most bytes that are live on one device at once, and where."""
         graph = self.graph
         pieces = np.array([shard_count(layout.home(value), layout.mesh) for value in self.homes], dtype=float)
-        first, last, sizes = [self.first], [self.last], [self.bytes / pieces[self.group] if len(pieces) else self.bytes]
-        values, what = [self.values], [np.zeros(len(self.values), dtype=np.int64)]
+        home_last = self.last.copy()
+        first: list[NDArray[np.int64]] = []
+        last: list[NDArray[np.int64]] = []
+        sizes: list[NDArray[np.float64]] = []
+        values: list[NDArray[np.int64]] = []
+        what: list[NDArray[np.int64]] = []
 
         def add(
             begins: NDArray[np.int64], ends: NDArray[np.int64], of: NDArray[np.int64], pieces: int, kind: int
@@ -96,6 +100,7 @@ class MemoryModel:
             what.append(np.full(len(of), kind))
 
         for copies in self.copies:
+            np.maximum.at(home_last, copies.values, copies.at_home(layout))
             for begins, ends, pieces_ in copies.under(layout):
                 add(begins, ends, copies.values, pieces_, 1)
         for scattered in self.sums:
@@ -103,6 +108,11 @@ class MemoryModel:
             if partial != layout.home(int(scattered[0])):
                 made = self.times.when[[graph.values[v].producer for v in scattered]]
                 add(made, made, scattered, shard_count(partial, layout.mesh), 2)
+        first.append(self.first)
+        last.append(home_last[self.values])
+        sizes.append(self.bytes / pieces[self.group] if len(pieces) else self.bytes)
+        values.append(self.values)
+        what.append(np.zeros(len(self.values), dtype=np.int64))
         begins, ends, size = np.concatenate(first), np.concatenate(last), np.concatenate(sizes)
         count = len(graph.ops) + 2
         live = np.cumsum(np.bincount(begins, size, count) - np.bincount(ends + 1, size, count))
@@ -125,6 +135,15 @@ class _Copies:
         self.first, self.last = spans[:, :, 0], spans[:, :, 1]
         self.readers = [port[2:] for port in members[0][1]]
 
+    def at_home(self, layout: Layout) -> NDArray[np.int64]:
+        """Until when these readers need the values themselves: to read them as they are made, or to copy them."""
+        home = layout.home(int(self.values[0]))
+        needed = [
+            self.last[:, index] if layout.operand(op, operand) == home else self.first[:, index]
+            for index, (op, operand) in enumerate(self.readers)
+        ]
+        return np.max(needed, axis=0)
+
     def under(self, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
         """For each sharding that is not the values' own: from when to when each copy lives, in how many pieces."""
         home = layout.home(int(self.values[0]))
@@ -135,6 +154,18 @@ class _Copies:
                 by_spec.setdefault(spec, []).append(index)
         for spec, who in by_spec.items():
             yield self.first[:, who].min(axis=1), self.last[:, who].max(axis=1), shard_count(spec, layout.mesh)
+
+
+def _last_at_home(regions: Regions, times: Lifetimes) -> NDArray[np.int64]:
+    """For each value until when it is in memory as it is made, if all who may read it otherwise do so."""
+    graph = regions.graph
+    last = np.where(times.last == len(graph.ops), times.last, np.minimum(times.first, times.last))
+    moving = {(edge.op, edge.operand) for edge in regions.edges}
+    for op in graph.ops:
+        for index, value in enumerate(op.operands):
+            if value != NO_VALUE and (op.id, index) not in moving and times.first[value] <= times.last[value]:
+                last[value] = max(last[value], times.until[op.id])
+    return last
 
 
 def peak(layout: Layout, times: Lifetimes | None = None) -> Peak:

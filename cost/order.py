@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.regions import is_light
 
 
 def as_written(graph: Graph) -> NDArray[np.int64]:
@@ -67,7 +68,9 @@ def _schedule(
         step_of.update(dict.fromkeys(ops, len(steps)))
         steps.append(ops)
         at += len(ops)
-    entering = set() if not span.scope else {step_of[op] for op in graph.scopes[span.scope].enter}
+    # Arguments are there from the start, and so is what enters a body.
+    borders = graph.scopes[span.scope].enter if span.scope else graph.arguments
+    entering = {step_of[op] for op in borders}
     makers: list[set[int]] = []
     for index, ops in enumerate(steps):
         read = {graph.values[v].producer for op in ops for v in graph.ops[op].operands if v != NO_VALUE}
@@ -77,12 +80,28 @@ def _schedule(
     reads: list[frozenset[int]] = []
     for index in range(len(steps)):
         reads.append(frozenset().union(*({m} if runs[m] else reads[m] for m in makers[index])))
-    order = _from_the_end([reads[i] if runs[i] else frozenset[int]() for i in range(len(steps))], runs)
+    late = _tail(graph, steps, makers)
+    order = _from_the_end([reads[i] if runs[i] else frozenset[int]() for i in range(len(steps))], runs, late)
     return [op for step in [*sorted(entering), *_with_fused(order, makers, runs)] for op in steps[step]]
 
 
-def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool]) -> list[int]:
-    """The kernels in order. `reads`: for each the kernels whose results it reads."""
+def _tail(graph: Graph, steps: Sequence[list[int]], makers: Sequence[set[int]]) -> list[bool]:
+    """For each step whether after it, too, all is elementwise: the optimizer's updates.
+
+    What they read has been summed over devices in few large collectives; all of them wait for those.
+    """
+    late = [True] * len(steps)
+    for index in range(len(steps) - 1, -1, -1):
+        op = graph.ops[steps[index][0]]
+        late[index] &= len(steps[index]) == 1 and (is_light(op) or not op.results)
+        if not late[index]:
+            for maker in makers[index]:
+                late[maker] = False
+    return late
+
+
+def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: Sequence[bool]) -> list[int]:
+    """The kernels in order. `reads`: for each the kernels whose results it reads; `late` ones run after all others."""
     waiting = [0] * len(reads)
     last_reader = [0] * len(reads)  # the sum of the readers that have not run: with one left, that one
     for reader, made in enumerate(reads):
@@ -90,34 +109,39 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool]) -> list
             waiting[maker] += 1
             last_reader[maker] += reader
     frees = [sum(waiting[m] == 1 for m in made) for made in reads]
-    queue = [(-frees[k], -k) for k, runs_ in enumerate(runs) if runs_ and not waiting[k]]
+    def entry(k: int) -> tuple[bool, int, int]:
+        return (not late[k], -frees[k], -k)
+
+    queue = [entry(k) for k, runs_ in enumerate(runs) if runs_ and not waiting[k]]
     heapq.heapify(queue)
     done = [False] * len(reads)
     fresh: list[int] = []
     backwards: list[int] = []
     while queue or fresh:
         if not queue:
-            queue, fresh = [(-frees[k], -k) for k in fresh], []
+            queue, fresh = [entry(k) for k in fresh], []
             heapq.heapify(queue)
-        score, negative = heapq.heappop(queue)
+        _, score, negative = heapq.heappop(queue)
         taken = -negative
         if done[taken] or -score != frees[taken]:
             continue
         done[taken] = True
         backwards.append(taken)
         for k in fresh:
-            heapq.heappush(queue, (-frees[k], -k))
+            heapq.heappush(queue, entry(k))
         fresh = []
         for maker in reads[taken]:
             waiting[maker] -= 1
             last_reader[maker] -= taken
-            if waiting[maker] == 0:
+            if waiting[maker] == 0 and late[maker]:
+                heapq.heappush(queue, entry(maker))
+            elif waiting[maker] == 0:
                 fresh.append(maker)
             elif waiting[maker] == 1:
                 reader = last_reader[maker]
                 frees[reader] += 1
                 if not waiting[reader]:
-                    heapq.heappush(queue, (-frees[reader], -reader))
+                    heapq.heappush(queue, entry(reader))
     return backwards[::-1]
 
 
