@@ -21,13 +21,15 @@ class Compiler:
     """Recomputation outside of loops is merged with the original: the barrier is dropped before common subexpressions
     are eliminated."""
     keeps_expensive: bool = False
-    """A transcendental that several kernels read is stored, not computed again in each."""
+    """A transcendental that several kernels read, one of which reduces, is stored, not computed again in each."""
+    fuses_into_dots: bool = False
+    """Dots compute cheap elementwise operands themselves (Triton's GEMM fusions)."""
     fragmentation: float = 0.0
     """Bytes lost between temporaries, as a share of them."""
 
 
 XLA_CPU = Compiler(merges_remat=True, keeps_expensive=True)
-XLA_GPU = Compiler(runs_late=True, keeps_expensive=True)
+XLA_GPU = Compiler(runs_late=True, keeps_expensive=True, fuses_into_dots=True)
 TO_THE_LETTER = Compiler()
 
 

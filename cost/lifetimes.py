@@ -98,28 +98,72 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
 
 
 _EXPENSIVE = frozenset(["tanh", "log", "log1p", "expm1", "erf", "erfc", "erf_inv", "logistic", "pow", "sin", "cos"])
+_CHEAP_PROLOGUE = 2
+"""A dot takes in an elementwise operand of at most so many arrays: one large one and a bias."""
 
 
 def buffered(graph: Graph, compiler: Compiler) -> list[bool]:
-    """For each value whether it is in memory: what `materialised` says, and what the compiler would not recompute."""
+    """For each value whether it is in memory: what `materialised` says, as far as this compiler fuses so."""
     in_memory = materialised(graph)
-    if not compiler.keeps_expensive:
-        return in_memory
-    # For each value the kernels that read it, two at most: more make no difference.
+    readers: list[list[int]] = [[] for _ in graph.values]
+    for op in graph.ops:
+        for value in op.operands:
+            if value != NO_VALUE:
+                readers[value].append(op.id)
+    if compiler.fuses_into_dots:
+        _fuse_into_dots(graph, in_memory, readers)
+    if compiler.keeps_expensive:
+        _keep_expensive(graph, in_memory, readers)
+    return in_memory
+
+
+def _fuse_into_dots(graph: Graph, in_memory: list[bool], readers: list[list[int]]) -> None:
+    """Takes out of memory what dots compute from one array as they read it (a rectifier, a mask, a conversion)."""
+    sources: list[frozenset[int] | None] = [None] * len(graph.values)
+    for op in graph.ops:
+        inside = fusible(op) and not is_reduction(op) and op.kind not in _EXPENSIVE and op.kind != "exp"
+        for value in op.results:
+            if not inside:
+                continue
+            made_of: frozenset[int] | None = frozenset()
+            for operand in op.operands:
+                if operand == NO_VALUE or graph.values[operand].constant:
+                    continue
+                inner = frozenset([operand]) if in_memory[operand] else sources[operand]
+                made_of = None if inner is None or made_of is None else made_of | inner
+            sources[value] = made_of if made_of is not None and len(made_of) <= _CHEAP_PROLOGUE else None
+            kinds = {graph.ops[r].kind for r in readers[value] if not fusible(graph.ops[r])}
+            if in_memory[value] and sources[value] and kinds == {"dot_general"}:
+                in_memory[value] = False
+
+
+def _keep_expensive(graph: Graph, in_memory: list[bool], readers: list[list[int]]) -> None:
+    """Puts into memory a transcendental that several kernels read, one of them next to a reduction.
+
+    A kernel that only maps elements computes it again; one that also reduces (a bias's gradient) is not given more to do.
+    """
+    # For each value the kernels that read it.
     kernels: list[frozenset[int]] = [frozenset()] * len(graph.values)
     for op in reversed(graph.ops):
-        if fusible(op) and not is_reduction(op) and not any(in_memory[v] for v in op.results):
-            readers = frozenset().union(*(kernels[v] for v in op.results))
-        else:
-            readers = frozenset([op.id])
-        if op.kind in _EXPENSIVE and len(readers) > 1:
+        own = frozenset([op.id])
+        fused = fusible(op) and not is_reduction(op) and not any(in_memory[v] for v in op.results)
+        reading = frozenset[int]().union(*(kernels[v] for v in op.results)) if fused else own
+        if op.kind in _EXPENSIVE and len(reading) > 1 and any(_reduces(graph, k, readers) for k in reading):
             for value in op.results:
                 in_memory[value] = True
-            readers = frozenset([op.id])
-        for value in op.operands:
-            if value != NO_VALUE and len(kernels[value]) < 2:
-                kernels[value] = frozenset(sorted(kernels[value] | readers)[:2])
-    return in_memory
+            reading = own
+        if len(reading) <= _FEW:
+            for value in op.operands:
+                if value != NO_VALUE:
+                    kernels[value] |= reading
+
+
+_FEW = 8
+
+
+def _reduces(graph: Graph, kernel: int, readers: list[list[int]]) -> bool:
+    op = graph.ops[kernel]
+    return is_reduction(op) or any(is_reduction(graph.ops[r]) for v in op.results for r in readers[v])
 
 
 def _carries(graph: Graph) -> set[int]:
