@@ -24,12 +24,24 @@ class Compiler:
     """A transcendental that several kernels read, one of which reduces, is stored, not computed again in each."""
     fuses_into_dots: bool = False
     """Dots compute cheap elementwise operands themselves (Triton's GEMM fusions)."""
+    reduces_out_of_place: bool = False
+    """An all-reduce leaves its operand where it is: both are in memory."""
+    slices_reductions: bool = False
+    """There is no reduce-scatter: sums are all-reduced whole, then sliced."""
+    combined_bytes: float = 0.0
+    """Reduce-scatters are combined up to so many bytes of results; what they reduce waits for the last of them."""
     fragmentation: float = 0.0
     """Bytes lost between temporaries, as a share of them."""
 
 
-XLA_CPU = Compiler(merges_remat=True, keeps_expensive=True)
-XLA_GPU = Compiler(runs_late=True, keeps_expensive=True, fuses_into_dots=True)
+XLA_CPU = Compiler(merges_remat=True, keeps_expensive=True, reduces_out_of_place=True, slices_reductions=True)
+XLA_GPU = Compiler(
+    runs_late=True,
+    keeps_expensive=True,
+    fuses_into_dots=True,
+    reduces_out_of_place=True,
+    combined_bytes=30 * 2**20,  # xla_gpu_reduce_scatter_combine_threshold_bytes
+)
 TO_THE_LETTER = Compiler()
 
 

@@ -9,6 +9,7 @@ ops, and what is fused, are the compiler's (`ffjax.cost.compilers`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +31,39 @@ class Lifetimes:
     memory; `first > last` if it never is.
     """
 
+    compiler: Compiler
     when: NDArray[np.int64]
     until: NDArray[np.int64]
     first: NDArray[np.int64]
     last: NDArray[np.int64]
+
+    def flushed(self, graph: Graph, sums: Sequence[int], devices: int) -> NDArray[np.int64]:
+        """Until when partial sums are in memory, where they are scattered: reduce-scatters are combined.
+
+        Args:
+          graph: the program.
+          sums: values, each the one result of an op that may leave partial sums.
+          devices: over how many of them a sum is scattered.
+        """
+        readers = np.full(len(graph.values), len(graph.ops), dtype=np.int64)
+        for op in graph.ops:
+            for value in op.operands:
+                if value != NO_VALUE:
+                    readers[value] = min(readers[value], self.when[op.id])
+        flushed = np.zeros(len(graph.values), dtype=np.int64)
+        made = {v: int(self.when[graph.values[v].producer]) for v in sums}
+        group: list[int] = []
+        size, needed, scope = 0.0, 0, -1
+        for value in sorted(made, key=lambda v: made[v]):
+            share = graph.values[value].bytes / devices
+            own_scope = graph.values[value].scope
+            if size + share > self.compiler.combined_bytes or made[value] >= needed or scope != own_scope:
+                group, size, needed, scope = [], 0.0, len(graph.ops), own_scope
+            group.append(value)
+            size += share
+            needed = min(needed, int(readers[value]))
+            flushed[group] = made[value]
+        return flushed
 
     @property
     def op_at(self) -> NDArray[np.int64]:
@@ -94,7 +124,7 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
                 last[value] = first[value] - 1
             if value in taken_over and value != NO_VALUE:
                 last[value] = first[value] - 1
-    return Lifetimes(when=when, until=untils, first=first, last=last)
+    return Lifetimes(compiler=compiler, when=when, until=untils, first=first, last=last)
 
 
 _EXPENSIVE = frozenset(["tanh", "log", "log1p", "expm1", "erf", "erfc", "erf_inv", "logistic", "pow", "sin", "cos"])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ffjax.cost.compilers import Compiler
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.layout import Layout
@@ -78,6 +79,7 @@ class MemoryModel:
                 sums.setdefault((family[region.id], regions.home[results[0]]), []).append(results[0])
         self.sums = [np.array(values, dtype=np.int64) for values in sums.values()]
         """Results that may be partial sums, by what is sharded alike."""
+        self.all_sums = [value for values in sums.values() for value in values]
 
     def peak(self, layout: Layout) -> Peak:
         """The most bytes that are live on one device at once, and where."""
@@ -91,7 +93,7 @@ class MemoryModel:
         what: list[NDArray[np.int64]] = []
 
         def add(
-            begins: NDArray[np.int64], ends: NDArray[np.int64], of: NDArray[np.int64], pieces: int, kind: int
+            begins: NDArray[np.int64], ends: NDArray[np.int64], of: NDArray[np.int64], pieces: float, kind: int
         ) -> None:
             first.append(begins)
             last.append(ends)
@@ -103,11 +105,15 @@ class MemoryModel:
             np.maximum.at(home_last, copies.values, copies.at_home(layout))
             for begins, ends, pieces_ in copies.under(layout):
                 add(begins, ends, copies.values, pieces_, 1)
-        for scattered in self.sums:
-            partial = layout.partial(int(scattered[0]))
-            if partial != layout.home(int(scattered[0])):
-                made = self.times.when[[graph.values[v].producer for v in scattered]]
-                add(made, made, scattered, shard_count(partial, layout.mesh), 2)
+        flushed = self.times.flushed(graph, self.all_sums, layout.mesh.devices)
+        for reduced in self.sums:
+            value = int(reduced[0])
+            partial = layout.partial(value)
+            copies_ = sums_in_memory(self.times.compiler, scattered=partial != layout.home(value))
+            if copies_ and layout.partial_axes(graph.values[value].producer):
+                made = self.times.when[[graph.values[v].producer for v in reduced]]
+                until = flushed[reduced] if partial != layout.home(value) else made
+                add(made, until, reduced, shard_count(partial, layout.mesh) / copies_, 2)
         first.append(self.first)
         last.append(home_last[self.values])
         sizes.append(self.bytes / pieces[self.group] if len(pieces) else self.bytes)
@@ -154,6 +160,13 @@ class _Copies:
                 by_spec.setdefault(spec, []).append(index)
         for spec, who in by_spec.items():
             yield self.first[:, who].min(axis=1), self.last[:, who].max(axis=1), shard_count(spec, layout.mesh)
+
+
+def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:
+    """How many times an op's partial sums are in memory while they are reduced, beside the result as it is made."""
+    if scattered:
+        return 2 if compiler.slices_reductions else 1
+    return 1 if compiler.reduces_out_of_place else 0
 
 
 def _last_at_home(regions: Regions, times: Lifetimes) -> NDArray[np.int64]:
