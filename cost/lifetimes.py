@@ -91,7 +91,8 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
             until = max([until, *(int(last[v]) for v in op.results if not in_memory[v])])
         if op.kind == "enter" and op.id not in carries:
             # What a body only reads is the outer array itself, for as long as the loop runs.
-            until = loop_end[graph.values[op.results[0]].scope]
+            inner = graph.values[op.results[0]].scope
+            until = max(until, int(last[op.results[0]])) if graph.scopes[inner].kind == "remat" else loop_end[inner]
         if op.kind == "result" and op.id not in replacing:
             until = end
         untils[op.id] = until

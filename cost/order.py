@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.regions import is_light
 
 
@@ -36,14 +36,29 @@ def from_the_end(graph: Graph, in_memory: Sequence[bool]) -> NDArray[np.int64]:
     inside: dict[int, dict[int, list[_Span]]] = {}
     spans = scope_spans(graph)
     for scopes in graph.scopes_of.values():
-        bodies = [_Span(*spans[s], s) for s in scopes if spans[s][1] >= 0]
+        bodies = [_Span(*spans[s], s) for s in scopes if spans[s][1] >= 0 and graph.scopes[s].kind != "remat"]
         if bodies:
-            inside.setdefault(graph.scopes[scopes[0]].parent, {})[bodies[0].first] = bodies
-    kernel = [not op.results or any(in_memory[v] or not graph.values[v].shape for v in op.results) for op in graph.ops]
+            outer = graph.scopes[scopes[0]].parent
+            while graph.scopes[outer].kind == "remat":  # what is recomputed becomes part of what it stands in
+                outer = graph.scopes[outer].parent
+            inside.setdefault(outer, {})[bodies[0].first] = bodies
+    kernel = [
+        not op.results
+        or (not _crosses_remat(graph, op) and any(in_memory[v] or not graph.values[v].shape for v in op.results))
+        for op in graph.ops
+    ]
     order = _schedule(graph, kernel, inside, _Span(0, len(graph.ops) - 1, 0))
     when = np.empty(len(graph.ops), dtype=np.int64)
     when[order] = np.arange(len(graph.ops))
     return when
+
+
+def _crosses_remat(graph: Graph, op: Op) -> bool:
+    inside = graph.values[op.results[0]].scope if op.kind == "enter" else op.scope
+    return op.kind in ("enter", "exit") and graph.scopes[inside].kind == "remat"
+
+
+_FILL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +131,7 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
     heapq.heapify(queue)
     done = [False] * len(reads)
     fresh: list[int] = []
+    picks = 0
     backwards: list[int] = []
     while queue or fresh:
         if not queue:
@@ -127,9 +143,12 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
             continue
         done[taken] = True
         backwards.append(taken)
-        for k in fresh:
-            heapq.heappush(queue, entry(k))
-        fresh = []
+        picks += 1
+        if picks >= _FILL:
+            for k in fresh:
+                heapq.heappush(queue, entry(k))
+            fresh = []
+            picks = 0
         for maker in reads[taken]:
             waiting[maker] -= 1
             last_reader[maker] -= taken
