@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.ir.graph import NO_VALUE, Graph, Op
-from ffjax.ir.regions import is_light
+from ffjax.ir.regions import is_light, is_reduction
 
 
 def as_written(graph: Graph) -> NDArray[np.int64]:
@@ -58,7 +58,7 @@ def _crosses_remat(graph: Graph, op: Op) -> bool:
     return op.kind in ("enter", "exit") and graph.scopes[inside].kind == "remat"
 
 
-_FILL = 2
+_FILL = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +90,19 @@ def _schedule(
     for index, ops in enumerate(steps):
         read = {graph.values[v].producer for op in ops for v in graph.ops[op].operands if v != NO_VALUE}
         makers.append({step_of[op] for op in read if op in step_of} - entering - {index})
-    runs = [i not in entering and (len(ops) > 1 or kernel[ops[0]]) for i, ops in enumerate(steps)]
+    runs = [
+        i not in entering and (len(ops) > 1 or (kernel[ops[0]] and not is_reduction(graph.ops[ops[0]])))
+        for i, ops in enumerate(steps)
+    ]
     # What is fused runs in the kernels that read it: those wait for what it reads.
     reads: list[frozenset[int]] = []
     for index in range(len(steps)):
         reads.append(frozenset().union(*({m} if runs[m] else reads[m] for m in makers[index])))
     late = _tail(graph, steps, makers)
     order = _from_the_end([reads[i] if runs[i] else frozenset[int]() for i in range(len(steps))], runs, late)
-    return [op for step in [*sorted(entering), *_with_fused(order, makers, runs)] for op in steps[step]]
+    eager = [len(ops) == 1 and is_reduction(graph.ops[ops[0]]) and bool(reads[i]) for i, ops in enumerate(steps)]
+    full = _with_fused(order, makers, runs, [reads[i] if e else frozenset() for i, e in enumerate(eager)])
+    return [op for step in [*sorted(entering), *full] for op in steps[step]]
 
 
 def _tail(graph: Graph, steps: Sequence[list[int]], makers: Sequence[set[int]]) -> list[bool]:
@@ -164,12 +169,18 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
     return backwards[::-1]
 
 
-def _with_fused(order: Sequence[int], makers: Sequence[set[int]], runs: Sequence[bool]) -> list[int]:
-    """The kernels with each fused step right before the first kernel that reads it."""
+def _with_fused(
+    order: Sequence[int], makers: Sequence[set[int]], runs: Sequence[bool], eager: Sequence[frozenset[int]]
+) -> list[int]:
+    """The kernels with each fused step right before the first kernel that reads it.
+
+    `eager` ones run as soon as the kernels that they depend on have: a reduction is another result of those.
+    """
     placed = [False] * len(makers)
     full: list[int] = []
-    for kernel in order:
-        stack = [kernel]
+
+    def place(step: int) -> None:
+        stack = [step]
         inside: list[int] = []
         while stack:
             step = stack.pop()
@@ -178,6 +189,18 @@ def _with_fused(order: Sequence[int], makers: Sequence[set[int]], runs: Sequence
                 inside.append(step)
                 stack.extend(m for m in makers[step] if not runs[m])
         full.extend(sorted(inside))
+
+    missing = [len(after) for after in eager]
+    waiting: dict[int, list[int]] = {}
+    for step, after in enumerate(eager):
+        for kernel in after:
+            waiting.setdefault(kernel, []).append(step)
+    for kernel in order:
+        place(kernel)
+        for step in waiting.get(kernel, ()):
+            missing[step] -= 1
+            if not missing[step]:
+                place(step)
     return full
 
 
