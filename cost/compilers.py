@@ -41,6 +41,9 @@ XLA_GPU = Compiler(
     fuses_into_dots=True,
     reduces_out_of_place=True,
     combined_bytes=30 * 2**20,  # xla_gpu_reduce_scatter_combine_threshold_bytes
+    fragmentation=0.02,
+
+
 )
 TO_THE_LETTER = Compiler()
 

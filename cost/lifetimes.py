@@ -37,6 +37,13 @@ class Lifetimes:
     first: NDArray[np.int64]
     last: NDArray[np.int64]
 
+    def bytes(self, graph: Graph) -> NDArray[np.float64]:
+        """For each value, unsharded, what it takes in memory: temporaries leave gaps between them."""
+        taken = np.array([v.bytes for v in graph.values], dtype=np.float64) * (1 + self.compiler.fragmentation)
+        for op in graph.arguments:
+            taken[graph.ops[op].results[0]] = graph.values[graph.ops[op].results[0]].bytes
+        return taken
+
     def flushed(self, graph: Graph, sums: Sequence[int], devices: int) -> NDArray[np.int64]:
         """Until when partial sums are in memory, where they are scattered: reduce-scatters are combined.
 

@@ -48,7 +48,8 @@ class MemoryModel:
         alive = [v for v in graph.values if times.first[v.id] <= times.last[v.id] and v.bytes]
         self.values = np.array([v.id for v in alive], dtype=np.int64)
         self.first, self.last = times.first[self.values], _last_at_home(regions, times)
-        self.bytes = np.array([v.bytes for v in alive])
+        self.bytes = times.bytes(graph)[self.values]
+        self.temporary = np.array([v.bytes for v in graph.values]) * (1 + times.compiler.fragmentation)
         groups: dict[Hashable, int] = {}
         self.homes: list[int] = []
         """For each group of values one of them."""
@@ -98,12 +99,17 @@ class MemoryModel:
             first.append(begins)
             last.append(ends)
             values.append(of)
-            sizes.append(np.array([graph.values[v].bytes for v in of]) / pieces)
+            sizes.append(self.temporary[of] / pieces)
             what.append(np.full(len(of), kind))
 
         for copies in self.copies:
             np.maximum.at(home_last, copies.values, copies.at_home(layout))
-            for begins, ends, pieces_ in copies.under(layout):
+        for copies in self.copies:
+            for begins, ends, pieces_, sliced in copies.under(layout):
+                if sliced:
+                    # A slice is taken when nothing else needs the whole any more.
+                    made = self.times.first[copies.values]
+                    begins = np.where(home_last[copies.values] >= made, np.minimum(begins, home_last[copies.values]), begins)
                 add(begins, ends, copies.values, pieces_, 1)
         flushed = self.times.flushed(graph, self.all_sums, layout.mesh.devices)
         for reduced in self.sums:
@@ -142,16 +148,19 @@ class _Copies:
         self.readers = [port[2:] for port in members[0][1]]
 
     def at_home(self, layout: Layout) -> NDArray[np.int64]:
-        """Until when these readers need the values themselves: to read them as they are made, or to copy them."""
+        """Until when these readers need the values themselves: to read them as they are made, or to gather them."""
         home = layout.home(int(self.values[0]))
-        needed = [
-            self.last[:, index] if layout.operand(op, operand) == home else self.first[:, index]
-            for index, (op, operand) in enumerate(self.readers)
-        ]
-        return np.max(needed, axis=0)
+        needed = np.zeros(len(self.values), dtype=np.int64)
+        for index, (op, operand) in enumerate(self.readers):
+            spec = layout.operand(op, operand)
+            if spec == home:
+                needed = np.maximum(needed, self.last[:, index])
+            elif not is_slice(home, spec):
+                needed = np.maximum(needed, self.first[:, index])
+        return needed
 
-    def under(self, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
-        """For each sharding that is not the values' own: from when to when each copy lives, in how many pieces."""
+    def under(self, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int, bool]]:
+        """For each sharding that is not the values' own: from when to when each copy lives, its pieces, if a slice."""
         home = layout.home(int(self.values[0]))
         by_spec: dict[Spec, list[int]] = {}
         for index, (op, operand) in enumerate(self.readers):
@@ -159,7 +168,13 @@ class _Copies:
             if spec != home:
                 by_spec.setdefault(spec, []).append(index)
         for spec, who in by_spec.items():
-            yield self.first[:, who].min(axis=1), self.last[:, who].max(axis=1), shard_count(spec, layout.mesh)
+            begins, ends = self.first[:, who].min(axis=1), self.last[:, who].max(axis=1)
+            yield begins, ends, shard_count(spec, layout.mesh), is_slice(home, spec)
+
+
+def is_slice(source: Spec, target: Spec) -> bool:
+    """Whether a device has its piece under `target` within the one under `source`."""
+    return all(t[: len(s)] == s for s, t in zip(source, target, strict=True))
 
 
 def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:

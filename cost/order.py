@@ -157,7 +157,7 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
         for maker in reads[taken]:
             waiting[maker] -= 1
             last_reader[maker] -= taken
-            if waiting[maker] == 0 and late[maker]:
+            if waiting[maker] == 0 and (late[maker] or not _FILL):
                 heapq.heappush(queue, entry(maker))
             elif waiting[maker] == 0:
                 fresh.append(maker)
