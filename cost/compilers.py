@@ -22,8 +22,14 @@ class Compiler:
     are eliminated."""
     keeps_expensive: bool = False
     """A transcendental that several kernels read, one of which reduces, is stored, not computed again in each."""
+    keeps_shared: bool = False
+    """Nothing is computed twice: whatever several kernels read is stored, broadcasts included."""
+    copies_transposed: bool = False
+    """A transposed operand is copied into the layout that its reader wants."""
     fuses_into_dots: bool = False
     """Dots compute cheap elementwise operands themselves (Triton's GEMM fusions)."""
+    widens_halves: bool = False
+    """Arithmetic on bfloat16 and float16 is done, and what it makes is kept, in float32."""
     reduces_out_of_place: bool = False
     """An all-reduce leaves its operand where it is: both are in memory."""
     slices_reductions: bool = False
@@ -32,9 +38,21 @@ class Compiler:
     """Reduce-scatters are combined up to so many bytes of results; what they reduce waits for the last of them."""
     fragmentation: float = 0.0
     """Bytes lost between temporaries, as a share of them."""
+    results_apart: float = 0.0
+    """The share of the buffers of new results in which temporaries do not fit before the results are there."""
 
 
-XLA_CPU = Compiler(merges_remat=True, keeps_expensive=True, reduces_out_of_place=True, slices_reductions=True)
+XLA_CPU = Compiler(
+    merges_remat=True,
+    keeps_expensive=True,
+    keeps_shared=True,
+    copies_transposed=True,
+    widens_halves=True,
+    reduces_out_of_place=True,
+    slices_reductions=True,
+    fragmentation=0.0,
+    results_apart=0.35,
+)
 XLA_GPU = Compiler(
     runs_late=True,
     keeps_expensive=True,
@@ -42,8 +60,7 @@ XLA_GPU = Compiler(
     reduces_out_of_place=True,
     combined_bytes=30 * 2**20,  # xla_gpu_reduce_scatter_combine_threshold_bytes
     fragmentation=0.02,
-
-
+    results_apart=0.35,
 )
 TO_THE_LETTER = Compiler()
 

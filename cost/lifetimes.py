@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
 from ffjax.cost.kernels import fusible, materialised
+from ffjax.cost.merged_remat import merge_remat
 from ffjax.cost.order import as_written, from_the_end, scope_spans
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.regions import is_reduction
@@ -31,27 +32,34 @@ class Lifetimes:
     memory; `first > last` if it never is.
     """
 
+    graph: Graph
+    """The program as the compiler sees it: the same ops and values, some of which it may merge with others."""
     compiler: Compiler
     when: NDArray[np.int64]
     until: NDArray[np.int64]
     first: NDArray[np.int64]
     last: NDArray[np.int64]
+    new_results: NDArray[np.int64]
+    """Values that become results in buffers of their own."""
 
-    def bytes(self, graph: Graph) -> NDArray[np.float64]:
+    def bytes(self) -> NDArray[np.float64]:
         """For each value, unsharded, what it takes in memory: temporaries leave gaps between them."""
-        taken = np.array([v.bytes for v in graph.values], dtype=np.float64) * (1 + self.compiler.fragmentation)
-        for op in graph.arguments:
-            taken[graph.ops[op].results[0]] = graph.values[graph.ops[op].results[0]].bytes
+        taken = np.array([v.bytes for v in self.graph.values], dtype=np.float64) * (1 + self.compiler.fragmentation)
+        if self.compiler.widens_halves:
+            taken[[v.dtype in ("bfloat16", "float16") for v in self.graph.values]] *= 2
+        for op in self.graph.arguments:
+            value = self.graph.ops[op].results[0]
+            taken[value] = self.graph.values[value].bytes
         return taken
 
-    def flushed(self, graph: Graph, sums: Sequence[int], devices: int) -> NDArray[np.int64]:
+    def flushed(self, sums: Sequence[int], devices: int) -> NDArray[np.int64]:
         """Until when partial sums are in memory, where they are scattered: reduce-scatters are combined.
 
         Args:
-          graph: the program.
           sums: values, each the one result of an op that may leave partial sums.
           devices: over how many of them a sum is scattered.
         """
+        graph = self.graph
         readers = np.full(len(graph.values), len(graph.ops), dtype=np.int64)
         for op in graph.ops:
             for value in op.operands:
@@ -81,6 +89,8 @@ class Lifetimes:
 def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
     """When each value is in memory under a compiler's schedule."""
     end = len(graph.ops)
+    if compiler.merges_remat:
+        graph = merge_remat(graph)
     in_memory = buffered(graph, compiler)
     when = from_the_end(graph, in_memory) if compiler.runs_late else as_written(graph)
     loop_end = [int(when[first : last + 1].max(initial=-1)) for first, last in scope_spans(graph)]
@@ -118,6 +128,11 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
         if value != NO_VALUE:
             last[value] = end
             stays[value] = True
+    new_results = [
+        value
+        for value in dict.fromkeys(graph.ops[op].operands[0] for op in graph.outputs if op not in replacing)
+        if value != NO_VALUE and graph.ops[graph.values[value].producer].kind != "argument"
+    ]
     taken_over = {graph.ops[graph.outputs[r]].operands[0] for a, r in _replacing(graph)}
     for op in graph.ops:
         for value in op.results:
@@ -132,7 +147,15 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
                 last[value] = first[value] - 1
             if value in taken_over and value != NO_VALUE:
                 last[value] = first[value] - 1
-    return Lifetimes(compiler=compiler, when=when, until=untils, first=first, last=last)
+    return Lifetimes(
+        graph=graph,
+        compiler=compiler,
+        when=when,
+        until=untils,
+        first=first,
+        last=last,
+        new_results=np.array(new_results, dtype=np.int64),
+    )
 
 
 _EXPENSIVE = frozenset(["tanh", "log", "log1p", "expm1", "erf", "erfc", "erf_inv", "logistic", "pow", "sin", "cos"])
@@ -148,11 +171,34 @@ def buffered(graph: Graph, compiler: Compiler) -> list[bool]:
         for value in op.operands:
             if value != NO_VALUE:
                 readers[value].append(op.id)
+    if compiler.copies_transposed:
+        for op in graph.ops:
+            if op.kind == "transpose":
+                in_memory[op.results[0]] = True
+    if compiler.keeps_shared:
+        _keep_shared(graph, in_memory, readers)
     if compiler.fuses_into_dots:
         _fuse_into_dots(graph, in_memory, readers)
     if compiler.keeps_expensive:
         _keep_expensive(graph, in_memory, readers)
     return in_memory
+
+
+def _keep_shared(graph: Graph, in_memory: list[bool], readers: list[list[int]]) -> None:
+    """Puts into memory what more than one kernel reads."""
+    kernel = [-1] * len(graph.values)  # the only kernel that a fused value is part of
+    for op in reversed(graph.ops):
+        if not op.results or not fusible(op):
+            continue
+        for value in op.results:
+            reading = set()
+            for reader in readers[value]:
+                inside = [v for v in graph.ops[reader].results if not in_memory[v]]
+                fused = fusible(graph.ops[reader]) and not is_reduction(graph.ops[reader]) and inside
+                reading.add(kernel[inside[0]] if fused else reader)
+            if len(reading) > 1 and not graph.values[value].constant:
+                in_memory[value] = True
+            kernel[value] = min(reading, default=op.id)
 
 
 def _fuse_into_dots(graph: Graph, in_memory: list[bool], readers: list[list[int]]) -> None:

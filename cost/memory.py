@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ffjax.cost.compilers import Compiler
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
+from ffjax.cost.merged_remat import MERGED
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
@@ -48,8 +49,8 @@ class MemoryModel:
         alive = [v for v in graph.values if times.first[v.id] <= times.last[v.id] and v.bytes]
         self.values = np.array([v.id for v in alive], dtype=np.int64)
         self.first, self.last = times.first[self.values], _last_at_home(regions, times)
-        self.bytes = times.bytes(graph)[self.values]
-        self.temporary = np.array([v.bytes for v in graph.values]) * (1 + times.compiler.fragmentation)
+        self.bytes = times.bytes()[self.values]
+        self.temporary = times.bytes()
         groups: dict[Hashable, int] = {}
         self.homes: list[int] = []
         """For each group of values one of them."""
@@ -62,6 +63,8 @@ class MemoryModel:
             self.group[index] = groups[key]
         reads: dict[tuple[int, int], dict[Hashable, tuple[int, int, int, int]]] = {}
         for edge in regions.edges:
+            if times.graph.ops[edge.op].kind == MERGED:
+                continue
             ports = reads.setdefault((edge.value, graph.ops[edge.op].scope), {})
             key = (family[edge.target], edge.target_dims)
             when, until = int(times.when[edge.op]), int(times.until[edge.op])
@@ -111,7 +114,7 @@ class MemoryModel:
                     made = self.times.first[copies.values]
                     begins = np.where(home_last[copies.values] >= made, np.minimum(begins, home_last[copies.values]), begins)
                 add(begins, ends, copies.values, pieces_, 1)
-        flushed = self.times.flushed(graph, self.all_sums, layout.mesh.devices)
+        flushed = self.times.flushed(self.all_sums, layout.mesh.devices)
         for reduced in self.sums:
             value = int(reduced[0])
             partial = layout.partial(value)
@@ -120,6 +123,10 @@ class MemoryModel:
                 made = self.times.when[[graph.values[v].producer for v in reduced]]
                 until = flushed[reduced] if partial != layout.home(value) else made
                 add(made, until, reduced, shard_count(partial, layout.mesh) / copies_, 2)
+        share = self.times.compiler.results_apart
+        for value in self.times.new_results.tolist() if share else ():
+            made = self.times.first[[value]] - 1
+            add(np.zeros(1, dtype=np.int64), made, np.array([value]), shard_count(layout.home(value), layout.mesh) / share, 3)
         first.append(self.first)
         last.append(home_last[self.values])
         sizes.append(self.bytes / pieces[self.group] if len(pieces) else self.bytes)
@@ -132,7 +139,7 @@ class MemoryModel:
         alive = np.flatnonzero((begins <= at) & (at <= ends))
         largest = alive[np.argsort(-size[alive], kind="stable")][:12]
         value, kinds = np.concatenate(values), np.concatenate(what)
-        prefix = ("", "copy of ", "partial sums of ")
+        prefix = ("", "copy of ", "partial sums of ", "room for ")
         named = tuple((prefix[kinds[i]] + describe(graph, int(value[i])), float(size[i])) for i in largest.tolist())
         op = int(self.times.op_at[min(at, len(graph.ops) - 1)])
         return Peak(bytes=float(live[at]), instant=at, op=op, live=named)
@@ -186,9 +193,10 @@ def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:
 
 def _last_at_home(regions: Regions, times: Lifetimes) -> NDArray[np.int64]:
     """For each value until when it is in memory as it is made, if all who may read it otherwise do so."""
-    graph = regions.graph
+    graph = times.graph
     last = np.where(times.last == len(graph.ops), times.last, np.minimum(times.first, times.last))
-    moving = {(edge.op, edge.operand) for edge in regions.edges}
+    # What reads a merged value otherwise than it is made reads the original, of which no copy is known here.
+    moving = {(e.op, e.operand) for e in regions.edges if graph.ops[e.op].operands[e.operand : e.operand + 1] == (e.value,)}
     for op in graph.ops:
         for index, value in enumerate(op.operands):
             if value != NO_VALUE and (op.id, index) not in moving and times.first[value] <= times.last[value]:
