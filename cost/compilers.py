@@ -34,6 +34,8 @@ class Compiler:
     """An all-reduce leaves its operand where it is: both are in memory."""
     slices_reductions: bool = False
     """There is no reduce-scatter: sums are all-reduced whole, then sliced."""
+    copies_gathered: bool = False
+    """What is gathered along an inner dimension comes out transposed and is copied."""
     combined_bytes: float = 0.0
     """Reduce-scatters are combined up to so many bytes of results; what they reduce waits for the last of them."""
     fragmentation: float = 0.0
@@ -50,6 +52,7 @@ XLA_CPU = Compiler(
     widens_halves=True,
     reduces_out_of_place=True,
     slices_reductions=True,
+    copies_gathered=True,
     fragmentation=0.0,
     results_apart=0.35,
 )

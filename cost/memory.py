@@ -108,12 +108,14 @@ class MemoryModel:
         for copies in self.copies:
             np.maximum.at(home_last, copies.values, copies.at_home(layout))
         for copies in self.copies:
-            for begins, ends, pieces_, sliced in copies.under(layout):
+            for begins, ends, pieces_, sliced, inner in copies.under(layout):
                 if sliced:
                     # A slice is taken when nothing else needs the whole any more.
                     made = self.times.first[copies.values]
                     begins = np.where(home_last[copies.values] >= made, np.minimum(begins, home_last[copies.values]), begins)
                 add(begins, ends, copies.values, pieces_, 1)
+                if inner and self.times.compiler.copies_gathered:
+                    add(begins, begins, copies.values, pieces_, 1)
         flushed = self.times.flushed(self.all_sums, layout.mesh.devices)
         for reduced in self.sums:
             value = int(reduced[0])
@@ -166,7 +168,7 @@ class _Copies:
                 needed = np.maximum(needed, self.first[:, index])
         return needed
 
-    def under(self, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int, bool]]:
+    def under(self, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int, bool, bool]]:
         """For each sharding that is not the values' own: from when to when each copy lives, its pieces, if a slice."""
         home = layout.home(int(self.values[0]))
         by_spec: dict[Spec, list[int]] = {}
@@ -176,7 +178,8 @@ class _Copies:
                 by_spec.setdefault(spec, []).append(index)
         for spec, who in by_spec.items():
             begins, ends = self.first[:, who].min(axis=1), self.last[:, who].max(axis=1)
-            yield begins, ends, shard_count(spec, layout.mesh), is_slice(home, spec)
+            inner = any(h[: len(s)] != h for h, s in zip(home[1:], spec[1:], strict=True) if h != s)
+            yield begins, ends, shard_count(spec, layout.mesh), is_slice(home, spec), inner
 
 
 def is_slice(source: Spec, target: Spec) -> bool:
