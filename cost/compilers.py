@@ -53,7 +53,7 @@ XLA_CPU = Compiler(
     reduces_out_of_place=True,
     slices_reductions=True,
     copies_gathered=True,
-    fragmentation=0.0,
+    fragmentation=0.02,
     results_apart=0.35,
 )
 XLA_GPU = Compiler(

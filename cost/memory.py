@@ -1,16 +1,19 @@
 """Peak memory of one device: the bytes that are live at each op, under a layout.
 
-    live(t) = sum over materialised values alive at t of their local bytes
-            + sum over reshardings alive at t of the copy's local bytes
-            + the partial sums that the op at t makes and scatters
+    live(t) = sum over values in memory at t                  of their local bytes
+            + sum over reshardings alive at t                 of the copy's local bytes
+            + sum over partial sums that wait to be reduced   of their local bytes
+            + room for results that temporaries cannot use
 
-`ffjax.cost.lifetimes` says when each value is alive; sharding decides how large it is, and which copies of it there are.
+`ffjax.cost.lifetimes` says when each value is alive, under the order and the fusions of the platform's compiler;
+sharding decides how large it is, and which copies of it there are. Every term is a value's bytes over the pieces that
+one candidate of one region (or of a pair) cuts it into, so the search bounds the same sum (`strategies/budget.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +26,16 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import Spec, shard_count
 
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_PREFIX = ("", "copy of ", "partial sums of ", "room for ")
+_HOME, _COPY, _SUM, _ROOM = range(4)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """The instant at which most is live, the op that runs then, and what is live."""
+    """The instant at which most is live (see `Lifetimes`), the op that runs then, and what is live."""
 
     bytes: float
     instant: int
@@ -46,145 +55,172 @@ class MemoryModel:
         self.graph = graph
         self.times = times
         family: Sequence[Hashable] = range(len(regions.regions)) if keys is None else keys
-        alive = [v for v in graph.values if times.first[v.id] <= times.last[v.id] and v.bytes]
-        self.values = np.array([v.id for v in alive], dtype=np.int64)
-        self.first, self.last = times.first[self.values], _last_at_home(regions, times)
-        self.bytes = times.bytes()[self.values]
-        self.temporary = times.bytes()
+        self.bytes = times.bytes()
+        self.values = np.flatnonzero((times.first <= times.last) & (self.bytes > 0))
+        self.last_at_home = _last_at_home(regions, times)
         groups: dict[Hashable, int] = {}
         self.homes: list[int] = []
         """For each group of values one of them."""
-        self.group = np.zeros(len(alive), dtype=np.int64)
-        for index, value in enumerate(alive):
-            key: Hashable = (family[regions.region_of[value.producer]], regions.home[value.id])
+        self.group = np.zeros(len(self.values), dtype=np.int64)
+        for index, value in enumerate(self.values.tolist()):
+            key: Hashable = (family[regions.region_of[graph.values[value].producer]], regions.home[value])
             if key not in groups:
                 groups[key] = len(self.homes)
-                self.homes.append(value.id)
+                self.homes.append(value)
             self.group[index] = groups[key]
-        reads: dict[tuple[int, int], dict[Hashable, tuple[int, int, int, int]]] = {}
+        reads: dict[tuple[int, int], dict[Hashable, _Port]] = {}
         for edge in regions.edges:
             if times.graph.ops[edge.op].kind == MERGED:
                 continue
             ports = reads.setdefault((edge.value, graph.ops[edge.op].scope), {})
             key = (family[edge.target], edge.target_dims)
-            when, until = int(times.when[edge.op]), int(times.until[edge.op])
-            first, last, op, operand = ports.get(key, (when, until, edge.op, edge.operand))
-            ports[key] = (min(first, when), max(last, until), op, operand)
-        gathered: dict[Hashable, list[tuple[int, list[tuple[int, int, int, int]]]]] = {}
-        for (value_id, _), ports in reads.items():
-            producer = graph.values[value_id].producer
-            key = (family[regions.region_of[producer]], regions.home[value_id], tuple(ports))
-            gathered.setdefault(key, []).append((value_id, list(ports.values())))
+            port = ports.setdefault(key, _Port(op=edge.op, operand=edge.operand))
+            port.first = min(port.first, int(times.when[edge.op]))
+            port.last = max(port.last, int(times.until[edge.op]))
+        gathered: dict[Hashable, list[tuple[int, list[_Port]]]] = {}
+        for (value, _), ports in reads.items():
+            producer = graph.values[value].producer
+            key = (family[regions.region_of[producer]], regions.home[value], tuple(ports))
+            gathered.setdefault(key, []).append((value, list(ports.values())))
         self.copies = [_Copies(members) for members in gathered.values()]
         sums: dict[Hashable, list[int]] = {}
-        for region in regions.regions:
-            results = graph.ops[region.ops[0]].results
-            if region.solo and region.dims[0].reduced and len(results) == 1:
-                sums.setdefault((family[region.id], regions.home[results[0]]), []).append(results[0])
+        self.all_sums = possible_sums(regions)
+        for value in self.all_sums:
+            key = (family[regions.region_of[graph.values[value].producer]], regions.home[value])
+            sums.setdefault(key, []).append(value)
         self.sums = [np.array(values, dtype=np.int64) for values in sums.values()]
         """Results that may be partial sums, by what is sharded alike."""
-        self.all_sums = [value for values in sums.values() for value in values]
 
     def peak(self, layout: Layout) -> Peak:
         """The most bytes that are live on one device at once, and where."""
-        graph = self.graph
-        pieces = np.array([shard_count(layout.home(value), layout.mesh) for value in self.homes], dtype=float)
-        home_last = self.last.copy()
-        first: list[NDArray[np.int64]] = []
-        last: list[NDArray[np.int64]] = []
-        sizes: list[NDArray[np.float64]] = []
-        values: list[NDArray[np.int64]] = []
-        what: list[NDArray[np.int64]] = []
+        held = self.held(layout)
+        begins, ends, size = np.concatenate(held.first), np.concatenate(held.last), np.concatenate(held.sizes)
+        end = len(self.graph.ops)
+        live = np.cumsum(np.bincount(begins, size, end + 2) - np.bincount(ends + 1, size, end + 2))
+        at = int(np.argmax(live[: end + 1]))
+        alive = np.flatnonzero((begins <= at) & (at <= ends))
+        largest = alive[np.argsort(-size[alive], kind="stable")][:12]
+        value, kinds = np.concatenate(held.values), np.concatenate(held.kinds)
+        named = tuple(
+            (_PREFIX[kinds[i]] + describe(self.graph, int(value[i])), float(size[i])) for i in largest.tolist()
+        )
+        op = int(self.times.op_at[min(at, end - 1)])
+        return Peak(bytes=float(live[at]), instant=at, op=op, live=named)
 
-        def add(
-            begins: NDArray[np.int64], ends: NDArray[np.int64], of: NDArray[np.int64], pieces: float, kind: int
-        ) -> None:
-            first.append(begins)
-            last.append(ends)
-            values.append(of)
-            sizes.append(self.temporary[of] / pieces)
-            what.append(np.full(len(of), kind))
-
+    def held(self, layout: Layout) -> Held:
+        """Everything that is in memory at some instant, from when to when, in local bytes."""
+        held = Held(bytes=self.bytes)
+        times, compiler, mesh = self.times, self.times.compiler, layout.mesh
+        home_last = self.last_at_home.copy()
         for copies in self.copies:
             np.maximum.at(home_last, copies.values, copies.at_home(layout))
         for copies in self.copies:
-            for begins, ends, pieces_, sliced, inner in copies.under(layout):
-                if sliced:
+            made, needed = times.first[copies.values], home_last[copies.values]
+            for spec, begins, ends in copies.under(layout):
+                home = layout.home(int(copies.values[0]))
+                if is_slice(home, spec):
                     # A slice is taken when nothing else needs the whole any more.
-                    made = self.times.first[copies.values]
-                    begins = np.where(home_last[copies.values] >= made, np.minimum(begins, home_last[copies.values]), begins)
-                add(begins, ends, copies.values, pieces_, 1)
-                if inner and self.times.compiler.copies_gathered:
-                    add(begins, begins, copies.values, pieces_, 1)
-        flushed = self.times.flushed(self.all_sums, layout.mesh.devices)
+                    begins = np.where(needed >= made, np.minimum(begins, needed), begins)  # noqa: PLW2901
+                elif compiler.copies_gathered and _gathers_inside(home, spec):
+                    held.add(_COPY, copies.values, begins, begins, shard_count(spec, mesh))
+                held.add(_COPY, copies.values, begins, ends, shard_count(spec, mesh))
+        flushed = times.flushed(self.all_sums, mesh.devices)
         for reduced in self.sums:
             value = int(reduced[0])
+            producer = self.graph.values[value].producer
             partial = layout.partial(value)
-            copies_ = sums_in_memory(self.times.compiler, scattered=partial != layout.home(value))
-            if copies_ and layout.partial_axes(graph.values[value].producer):
-                made = self.times.when[[graph.values[v].producer for v in reduced]]
-                until = flushed[reduced] if partial != layout.home(value) else made
-                add(made, until, reduced, shard_count(partial, layout.mesh) / copies_, 2)
-        share = self.times.compiler.results_apart
-        for value in self.times.new_results.tolist() if share else ():
-            made = self.times.first[[value]] - 1
-            add(np.zeros(1, dtype=np.int64), made, np.array([value]), shard_count(layout.home(value), layout.mesh) / share, 3)
-        first.append(self.first)
-        last.append(home_last[self.values])
-        sizes.append(self.bytes / pieces[self.group] if len(pieces) else self.bytes)
-        values.append(self.values)
-        what.append(np.zeros(len(self.values), dtype=np.int64))
-        begins, ends, size = np.concatenate(first), np.concatenate(last), np.concatenate(sizes)
-        count = len(graph.ops) + 2
-        live = np.cumsum(np.bincount(begins, size, count) - np.bincount(ends + 1, size, count))
-        at = int(np.argmax(live[: len(graph.ops) + 1]))
-        alive = np.flatnonzero((begins <= at) & (at <= ends))
-        largest = alive[np.argsort(-size[alive], kind="stable")][:12]
-        value, kinds = np.concatenate(values), np.concatenate(what)
-        prefix = ("", "copy of ", "partial sums of ", "room for ")
-        named = tuple((prefix[kinds[i]] + describe(graph, int(value[i])), float(size[i])) for i in largest.tolist())
-        op = int(self.times.op_at[min(at, len(graph.ops) - 1)])
-        return Peak(bytes=float(live[at]), instant=at, op=op, live=named)
+            scattered = partial != layout.home(value)
+            copies_ = sums_in_memory(compiler, scattered=scattered)
+            if copies_ and layout.partial_axes(producer):
+                made = times.when[[self.graph.values[v].producer for v in reduced]]
+                until = flushed[reduced] if scattered else made
+                held.add(_SUM, reduced, made, until, shard_count(partial, mesh) / copies_)
+        if compiler.results_apart:
+            for value in times.new_results.tolist():
+                one, start, until = np.array([value]), np.zeros(1, dtype=np.int64), times.first[[value]] - 1
+                held.add(_ROOM, one, start, until, shard_count(layout.home(value), mesh) / compiler.results_apart)
+        pieces = np.array([shard_count(layout.home(value), mesh) for value in self.homes], dtype=float)
+        held.add(_HOME, self.values, times.first[self.values], home_last[self.values], pieces[self.group])
+        return held
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What is in memory from when to when, in parallel arrays: kinds, values, instants and local bytes."""
+
+    bytes: Floats
+    """Of each value of the program, unsharded."""
+    kinds: list[Ints] = field(default_factory=list)
+    values: list[Ints] = field(default_factory=list)
+    first: list[Ints] = field(default_factory=list)
+    last: list[Ints] = field(default_factory=list)
+    sizes: list[Floats] = field(default_factory=list)
+
+    def add(self, kind: int, values: Ints, first: Ints, last: Ints, pieces: float | Floats) -> None:
+        self.kinds.append(np.full(len(values), kind))
+        self.values.append(values)
+        self.first.append(first)
+        self.last.append(np.maximum(last, first - 1))
+        self.sizes.append(self.bytes[values] / pieces)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Port:
+    """Ops that read a value alike: one of them, and when the first and the last of them need it."""
+
+    op: int
+    operand: int
+    first: int = np.iinfo(np.int64).max
+    last: int = -1
 
 
 class _Copies:
     """Values that are made alike and read alike: when each reader first and last needs them."""
 
-    def __init__(self, members: list[tuple[int, list[tuple[int, int, int, int]]]]) -> None:
+    def __init__(self, members: list[tuple[int, list[_Port]]]) -> None:
         self.values = np.array([value for value, _ in members], dtype=np.int64)
-        spans = np.array([[port[:2] for port in ports] for _, ports in members], dtype=np.int64)
-        self.first, self.last = spans[:, :, 0], spans[:, :, 1]
-        self.readers = [port[2:] for port in members[0][1]]
+        self.first = np.array([[port.first for port in ports] for _, ports in members], dtype=np.int64)
+        self.last = np.array([[port.last for port in ports] for _, ports in members], dtype=np.int64)
+        self.readers = members[0][1]
 
-    def at_home(self, layout: Layout) -> NDArray[np.int64]:
+    def at_home(self, layout: Layout) -> Ints:
         """Until when these readers need the values themselves: to read them as they are made, or to gather them."""
         home = layout.home(int(self.values[0]))
         needed = np.zeros(len(self.values), dtype=np.int64)
-        for index, (op, operand) in enumerate(self.readers):
-            spec = layout.operand(op, operand)
+        for index, port in enumerate(self.readers):
+            spec = layout.operand(port.op, port.operand)
             if spec == home:
                 needed = np.maximum(needed, self.last[:, index])
             elif not is_slice(home, spec):
                 needed = np.maximum(needed, self.first[:, index])
         return needed
 
-    def under(self, layout: Layout) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int, bool, bool]]:
-        """For each sharding that is not the values' own: from when to when each copy lives, its pieces, if a slice."""
+    def under(self, layout: Layout) -> Iterator[tuple[Spec, Ints, Ints]]:
+        """For each sharding that is not the values' own: from when to when each is needed so."""
         home = layout.home(int(self.values[0]))
         by_spec: dict[Spec, list[int]] = {}
-        for index, (op, operand) in enumerate(self.readers):
-            spec = layout.operand(op, operand)
+        for index, port in enumerate(self.readers):
+            spec = layout.operand(port.op, port.operand)
             if spec != home:
                 by_spec.setdefault(spec, []).append(index)
         for spec, who in by_spec.items():
-            begins, ends = self.first[:, who].min(axis=1), self.last[:, who].max(axis=1)
-            inner = any(h[: len(s)] != h for h, s in zip(home[1:], spec[1:], strict=True) if h != s)
-            yield begins, ends, shard_count(spec, layout.mesh), is_slice(home, spec), inner
+            yield spec, self.first[:, who].min(axis=1), self.last[:, who].max(axis=1)
 
 
 def is_slice(source: Spec, target: Spec) -> bool:
     """Whether a device has its piece under `target` within the one under `source`."""
     return all(t[: len(s)] == s for s, t in zip(source, target, strict=True))
+
+
+def _gathers_inside(source: Spec, target: Spec) -> bool:
+    """Whether some dimension but the first is gathered."""
+    return any(t[: len(s)] != s for s, t in zip(source[1:], target[1:], strict=True))
+
+
+def possible_sums(regions: Regions) -> list[int]:
+    """Values that are partial sums where what their op reduces over is split."""
+    first = [(region, regions.graph.ops[region.ops[0]].results) for region in regions.regions]
+    return [made[0] for region, made in first if region.solo and region.dims[0].reduced and len(made) == 1]
 
 
 def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:
@@ -194,12 +230,12 @@ def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:
     return 1 if compiler.reduces_out_of_place else 0
 
 
-def _last_at_home(regions: Regions, times: Lifetimes) -> NDArray[np.int64]:
+def _last_at_home(regions: Regions, times: Lifetimes) -> Ints:
     """For each value until when it is in memory as it is made, if all who may read it otherwise do so."""
     graph = times.graph
     last = np.where(times.last == len(graph.ops), times.last, np.minimum(times.first, times.last))
     # What reads a merged value otherwise than it is made reads the original, of which no copy is known here.
-    moving = {(e.op, e.operand) for e in regions.edges if graph.ops[e.op].operands[e.operand : e.operand + 1] == (e.value,)}
+    moving = {(e.op, e.operand) for e in regions.edges if e.value in graph.ops[e.op].operands}
     for op in graph.ops:
         for index, value in enumerate(op.operands):
             if value != NO_VALUE and (op.id, index) not in moving and times.first[value] <= times.last[value]:

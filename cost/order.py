@@ -129,6 +129,7 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
             waiting[maker] += 1
             last_reader[maker] += reader
     frees = [sum(waiting[m] == 1 for m in made) for made in reads]
+
     def entry(k: int) -> tuple[bool, int, int]:
         return (not late[k], -frees[k], -k)
 
