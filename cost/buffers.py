@@ -83,7 +83,7 @@ def _fuse_into_dots(graph: Graph, in_memory: list[bool], readers: list[list[int]
 def _keep_expensive(graph: Graph, in_memory: list[bool], readers: list[list[int]]) -> None:
     """Puts into memory a transcendental that several kernels read, one of them next to a reduction.
 
-    A kernel that only maps elements computes it again; one that also reduces (a bias's gradient) is not given more to do.
+    A kernel that only maps elements computes it again; one that also reduces (a bias's gradient) is given no more to do.
     """
     # For each value the kernels that read it.
     kernels: list[frozenset[int]] = [frozenset()] * len(graph.values)

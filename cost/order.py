@@ -2,7 +2,8 @@
 
 XLA:GPU's latency-hiding scheduler (`xla/service/latency_hiding_scheduler.cc`) works from the end of a program to its
 start. An op that only just became possible would stall, so where something else waits that goes first; of what waits,
-what makes most other ops possible, then what is written last. Hence gradients of weights, which nothing on the way back
+what makes most other ops possible, then what is written last. Reductions are further results of the kernels that make
+what they reduce, the optimizer's updates wait for all sums over devices, which are few and large. Hence gradients of weights, which nothing on the way back
 waits for, run long after the activations that they read are made, and those stay in memory until then. XLA:CPU keeps
 nearly to the order of the program. The bodies of loops and branches are scheduled by themselves, each where its loop
 stands. Which collectives there are depends on the sharding and is not looked at.
@@ -58,7 +59,9 @@ def _crosses_remat(graph: Graph, op: Op) -> bool:
     return op.kind in ("enter", "exit") and graph.scopes[inside].kind == "remat"
 
 
-_FILL = 3
+_PICKS_IN_A_STALL = 3
+"""How many ops that wait go before one that only just became possible. The scheduler lets one go first; but an op here
+is about three kernels there, with the layout changes around it and the second half of a split reduction. Calibrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,7 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
         done[taken] = True
         backwards.append(taken)
         picks += 1
-        if picks >= _FILL:
+        if picks >= _PICKS_IN_A_STALL:
             for k in fresh:
                 heapq.heappush(queue, entry(k))
             fresh = []
@@ -158,7 +161,7 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
         for maker in reads[taken]:
             waiting[maker] -= 1
             last_reader[maker] -= taken
-            if waiting[maker] == 0 and (late[maker] or not _FILL):
+            if waiting[maker] == 0 and late[maker]:
                 heapq.heappush(queue, entry(maker))
             elif waiting[maker] == 0:
                 fresh.append(maker)
