@@ -134,7 +134,8 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
         for value in dict.fromkeys(graph.ops[op].operands[0] for op in graph.outputs if op not in replacing)
         if value != NO_VALUE and graph.ops[graph.values[value].producer].kind != "argument"
     ]
-    taken_over = {graph.ops[graph.outputs[r]].operands[0] for a, r in _replacing(graph)}
+    taken_over = {graph.ops[op].operands[0] for op in replacing}
+    taken_over -= {graph.ops[op].results[0] for op in graph.arguments}  # what is handed on is copied
     for op in graph.ops:
         for value in op.results:
             inner = graph.values[value].scope

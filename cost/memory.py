@@ -112,18 +112,25 @@ class MemoryModel:
         held = Held(bytes=self.bytes)
         times, compiler, mesh = self.times, self.times.compiler, layout.mesh
         home_last = self.last_at_home.copy()
+        moved: list[tuple[_Copies, Spec, Ints, Ints]] = []
         for copies in self.copies:
-            np.maximum.at(home_last, copies.values, copies.at_home(layout))
-        for copies in self.copies:
-            made, needed = times.first[copies.values], home_last[copies.values]
+            home = layout.home(int(copies.values[0]))
             for spec, begins, ends in copies.under(layout):
-                home = layout.home(int(copies.values[0]))
-                if is_slice(home, spec):
-                    # A slice is taken when nothing else needs the whole any more.
-                    begins = np.where(needed >= made, np.minimum(begins, needed), begins)  # noqa: PLW2901
-                elif compiler.copies_gathered and _gathers_inside(home, spec):
-                    held.add(_COPY, copies.values, begins, begins, shard_count(spec, mesh))
-                held.add(_COPY, copies.values, begins, ends, shard_count(spec, mesh))
+                # The values themselves are needed until they are read for the last time, or gathered.
+                if not is_slice(home, spec) or spec == home:
+                    np.maximum.at(home_last, copies.values, ends if spec == home else begins)
+                if spec != home:
+                    moved.append((copies, spec, begins, ends))
+        for copies, spec, begins, ends in moved:
+            home, pieces = layout.home(int(copies.values[0])), shard_count(spec, mesh)
+            first = begins
+            if is_slice(home, spec):
+                # A slice is taken when nothing else needs the whole any more.
+                whole = times.first[copies.values] <= times.last[copies.values]
+                first = np.where(whole, np.minimum(begins, home_last[copies.values] + 1), begins)
+            elif compiler.copies_gathered and _gathers_inside(home, spec):
+                held.add(_COPY, copies.values, begins, begins, pieces)
+            held.add(_COPY, copies.values, first, ends, pieces)
         flushed = times.flushed(self.all_sums, mesh.devices)
         for reduced in self.sums:
             value = int(reduced[0])
@@ -139,8 +146,8 @@ class MemoryModel:
             for value in times.new_results.tolist():
                 one, start, until = np.array([value]), np.zeros(1, dtype=np.int64), times.first[[value]] - 1
                 held.add(_ROOM, one, start, until, shard_count(layout.home(value), mesh) / compiler.results_apart)
-        pieces = np.array([shard_count(layout.home(value), mesh) for value in self.homes], dtype=float)
-        held.add(_HOME, self.values, times.first[self.values], home_last[self.values], pieces[self.group])
+        shards = np.array([shard_count(layout.home(value), mesh) for value in self.homes], dtype=float)
+        held.add(_HOME, self.values, times.first[self.values], home_last[self.values], shards[self.group])
         return held
 
 
@@ -175,7 +182,7 @@ class _Port:
 
 
 class _Copies:
-    """Values that are made alike and read alike: when each reader first and last needs them."""
+    """Values that are made alike and read alike, and when each reader first and last needs each of them."""
 
     def __init__(self, members: list[tuple[int, list[_Port]]]) -> None:
         self.values = np.array([value for value, _ in members], dtype=np.int64)
@@ -183,26 +190,11 @@ class _Copies:
         self.last = np.array([[port.last for port in ports] for _, ports in members], dtype=np.int64)
         self.readers = members[0][1]
 
-    def at_home(self, layout: Layout) -> Ints:
-        """Until when these readers need the values themselves: to read them as they are made, or to gather them."""
-        home = layout.home(int(self.values[0]))
-        needed = np.zeros(len(self.values), dtype=np.int64)
-        for index, port in enumerate(self.readers):
-            spec = layout.operand(port.op, port.operand)
-            if spec == home:
-                needed = np.maximum(needed, self.last[:, index])
-            elif not is_slice(home, spec):
-                needed = np.maximum(needed, self.first[:, index])
-        return needed
-
     def under(self, layout: Layout) -> Iterator[tuple[Spec, Ints, Ints]]:
-        """For each sharding that is not the values' own: from when to when each is needed so."""
-        home = layout.home(int(self.values[0]))
+        """For each sharding in which the values are read: when each is first and last needed so."""
         by_spec: dict[Spec, list[int]] = {}
         for index, port in enumerate(self.readers):
-            spec = layout.operand(port.op, port.operand)
-            if spec != home:
-                by_spec.setdefault(spec, []).append(index)
+            by_spec.setdefault(layout.operand(port.op, port.operand), []).append(index)
         for spec, who in by_spec.items():
             yield spec, self.first[:, who].min(axis=1), self.last[:, who].max(axis=1)
 
