@@ -6,8 +6,10 @@ import numpy as np
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.compilers import compiler_of
 from ffjax.cost.kernels import kernels
-from ffjax.cost.memory import MemoryModel, lifetimes
+from ffjax.cost.lifetimes import lifetimes
+from ffjax.cost.memory import MemoryModel
 from ffjax.cost.simulation.simulator import simulate
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.errors import ClusterError, PlanError
@@ -17,9 +19,10 @@ from ffjax.plan import Plan
 def simulate_plan(plan: Plan, cluster: Cluster | None = None) -> Timeline:
     """Simulates a plan that is bound; see `Plan.simulate`."""
     layout = plan.bound
-    model = CollectiveModel(plan.mesh, cluster_of_plan(plan, cluster))
+    cluster = cluster_of_plan(plan, cluster)
     regions = layout.regions
-    return simulate(layout, kernels(regions), model, MemoryModel(regions, lifetimes(regions.graph)))
+    memory = MemoryModel(regions, lifetimes(regions.graph, compiler_of(cluster.device.platform)))
+    return simulate(layout, kernels(regions), CollectiveModel(plan.mesh, cluster), memory)
 
 
 def cluster_of_plan(plan: Plan, cluster: Cluster | None = None) -> Cluster:

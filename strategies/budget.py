@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.memory import Lifetimes, MemoryModel, Peak
+from ffjax.cost.lifetimes import Lifetimes
+from ffjax.cost.memory import MemoryModel, Peak, possible_sums, sums_in_memory
+from ffjax.cost.merged_remat import MERGED
 from ffjax.ir.assignment import UNUSED
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims
@@ -65,7 +67,7 @@ def solve_within(
         if found.fits:
             return found
         fastest = fastest or found
-        instants.append(instant(problem, times, found.peak.op, budget_bytes * _MARGIN))
+        instants.append(instant(problem, times, found.peak.instant, budget_bytes * _MARGIN))
     return fastest
 
 
@@ -76,47 +78,79 @@ def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: Me
 
 
 def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) -> Instant:
-    """What is in memory at one op, as a function of the candidates."""
+    """What is in memory at one instant, as a function of the candidates: never less than `MemoryModel` says.
+
+    More where a value is read elsewhere only as a copy: here it stays until that is read for the last time.
+    """
     regions, graph = problem.regions, problem.regions.graph
+    taken = times.bytes()
     by_dims: dict[tuple[int, Dims], float] = {}
     fixed = 0.0
-    for value in np.flatnonzero((times.first <= at) & (at <= times.last)).tolist():
+
+    def hold(value: int, size: float) -> None:
+        nonlocal fixed
         entry = graph.values[value]
-        if not entry.shape:
-            fixed += entry.bytes
-            continue
-        key = (problem.node_of[regions.region_of[entry.producer]], regions.home[value])
-        by_dims[key] = by_dims.get(key, 0.0) + entry.bytes
+        if entry.shape:
+            key = (problem.node_of[regions.region_of[entry.producer]], regions.home[value])
+            by_dims[key] = by_dims.get(key, 0.0) + size
+        else:
+            fixed += size
+
+    for value in np.flatnonzero((times.first <= at) & (at <= times.last)).tolist():
+        hold(value, float(taken[value]))
+    for value in times.new_results[at < times.first[times.new_results]].tolist():
+        hold(value, float(taken[value]) * times.compiler.results_apart)
     node_bytes: dict[int, NDArray[np.float64]] = {}
     for (node, dims), size in by_dims.items():
         share = size / _home_splits(problem, node, dims)
         node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
-    _add_sums(problem, at, node_bytes)
+    _add_sums(problem, times, taken, at, node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
     for edge in regions.edges:
+        if times.graph.ops[edge.op].kind == MERGED:
+            continue
         key_ = (edge.value, graph.ops[edge.op].scope)
-        first, last = reads.get(key_, (edge.op, edge.op))
-        reads[key_] = (min(first, edge.op), max(last, int(times.until[edge.op])))
+        when, until = int(times.when[edge.op]), int(times.until[edge.op])
+        first, last = reads.get(key_, (when, until))
+        reads[key_] = (min(first, when), max(last, until))
+    gathered = {(e.value, graph.ops[e.op].scope) for e in regions.edges if times.when[e.op] == at}
     copy_bytes: dict[int, NDArray[np.float64]] = {}
     for index, transfer in enumerate(problem.transfers):
-        alive = sum(1 for member in transfer.values if reads[member][0] <= at <= reads[member][1])
+        alive = [m for m in transfer.values if m in reads and reads[m][0] <= at <= reads[m][1]]
         if alive:
             shards = np.array([shard_count(c, problem.mesh) for c in transfer.columns], dtype=float)
-            copy_bytes[index] = alive * transfer.bytes / shards
+            size = float(taken[[value for value, _ in alive]].sum())
+            if times.compiler.copies_gathered:
+                size += float(taken[[member[0] for member in alive if member in gathered]].sum())
+            copy_bytes[index] = size / shards
     return Instant(node_bytes=node_bytes, copy_bytes=copy_bytes, fixed_bytes=fixed, budget_bytes=budget_bytes)
 
 
-def _add_sums(problem: Problem, at: int, node_bytes: dict[int, NDArray[np.float64]]) -> None:
-    """Adds the partial sums that an op makes under the candidates that scatter them."""
-    regions, graph = problem.regions, problem.regions.graph
-    op, region = graph.ops[at], regions.regions[regions.region_of[at]]
-    if not region.solo or len(op.results) != 1 or not region.dims[0].reduced:
-        return
-    node = problem.node_of[region.id]
-    entry = problem.nodes[node]
-    scatters = np.array([any(d != UNUSED for d in c.scatter) for c in entry.candidates])
-    sizes = scatters * graph.values[op.results[0]].bytes / entry.splits.of_dims(regions.home[op.results[0]])
-    node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
+def _add_sums(
+    problem: Problem,
+    times: Lifetimes,
+    taken: NDArray[np.float64],
+    at: int,
+    node_bytes: dict[int, NDArray[np.float64]],
+) -> None:
+    """Adds the partial sums that are being reduced under the candidates that leave some."""
+    regions = problem.regions
+    sums = possible_sums(regions)
+    flushed = times.flushed(sums, problem.mesh.devices)
+    for value in sums:
+        made = times.when[regions.graph.values[value].producer]
+        if not made <= at <= max(made, flushed[value]):
+            continue
+        region = regions.regions[regions.region_of[regions.graph.values[value].producer]]
+        node = problem.node_of[region.id]
+        entry = problem.nodes[node]
+        copies = np.zeros(len(entry.candidates))
+        for index, candidate in enumerate(entry.candidates):
+            scatters = any(d != UNUSED for d in candidate.scatter)
+            if any(a in region.dims[0].reduced for a in candidate.atoms) and (scatters or at == made):
+                copies[index] = sums_in_memory(times.compiler, scattered=scatters)
+        sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
+        node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 
 
 def _home_splits(problem: Problem, node: int, dims: Dims) -> NDArray[np.float64]:

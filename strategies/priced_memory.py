@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ffjax.cost.memory import Lifetimes, MemoryModel
+from ffjax.cost.lifetimes import Lifetimes
+from ffjax.cost.memory import MemoryModel
 from ffjax.strategies.budget import Fit, Solver, fit_of, instant
 from ffjax.strategies.ilp import Instant
 from ffjax.strategies.problem import Problem, total_seconds
@@ -46,13 +47,13 @@ def solve_priced(
       free: the solution of the same problem whose memory costs nothing.
     """
     step_s = max(total_seconds(problem, free.solution.choice), 1e-12)
-    instants = {free.peak.op: instant(problem, times, free.peak.op, budget_bytes)}
-    played = Counter({free.peak.op: 1})
+    instants = {free.peak.instant: instant(problem, times, free.peak.instant, budget_bytes)}
+    played = Counter({free.peak.instant: 1})
     least = free
 
     def solve_at(price: float) -> Fit | None:
         nonlocal least
-        weights = [(instants[op], n / played.total() * price * step_s / free.peak.bytes) for op, n in played.items()]
+        weights = [(instants[at], n / played.total() * price * step_s / free.peak.bytes) for at, n in played.items()]
         solution = solver(priced(problem, weights), ())
         if solution is None:
             return None
@@ -61,9 +62,9 @@ def solve_priced(
         if found.peak.bytes < least.peak.bytes:
             least = found
         if not found.fits:
-            played[found.peak.op] += 1
-            if found.peak.op not in instants:
-                instants[found.peak.op] = instant(problem, times, found.peak.op, budget_bytes)
+            played[found.peak.instant] += 1
+            if found.peak.instant not in instants:
+                instants[found.peak.instant] = instant(problem, times, found.peak.instant, budget_bytes)
         return found
 
     low, high = math.log(_CHEAPEST), math.log(_DEAREST)

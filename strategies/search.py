@@ -19,8 +19,10 @@ from dataclasses import dataclass
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.compilers import compiler_of
 from ffjax.cost.kernels import Kernel, by_family, kernels
-from ffjax.cost.memory import Lifetimes, MemoryModel, Peak, lifetimes
+from ffjax.cost.lifetimes import Lifetimes, lifetimes
+from ffjax.cost.memory import MemoryModel, Peak
 from ffjax.cost.simulation.simulator import Simulated, Simulator
 from ffjax.cost.simulation.task_graph import build_task_graph
 from ffjax.ir.dims import named_dims
@@ -216,7 +218,7 @@ class _Search:
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
         self.dims = named_dims(regions)
-        self.times: Lifetimes = lifetimes(regions.graph)
+        self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
         self.memory = MemoryModel(regions, self.times, self.keys)
 
     def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> Found | None:

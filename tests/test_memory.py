@@ -18,9 +18,11 @@ from jax.sharding import PartitionSpec as P
 import ffjax
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.compilers import TO_THE_LETTER, XLA_CPU, XLA_GPU, Compiler
 from ffjax.cost.hlo.collectives import peak_bytes
 from ffjax.cost.kernels import by_family, kernels
-from ffjax.cost.memory import Lifetimes, MemoryModel, lifetimes, peak
+from ffjax.cost.lifetimes import Lifetimes, lifetimes
+from ffjax.cost.memory import MemoryModel, is_slice, peak, possible_sums
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import NO_VALUE, build_graph
 from ffjax.ir.layout import Layout
@@ -134,24 +136,51 @@ def test_partial_sums_are_there_before_they_are_scattered() -> None:
 
 def recount(layout: Layout, times: Lifetimes) -> float:
     """Peak memory value by value and op by op, as the module's text defines it."""
-    graph, mesh = layout.graph, layout.mesh
-    live = np.zeros(len(graph.ops) + 1)
-    for value in graph.values:
-        live[times.first[value.id] : times.last[value.id] + 1] += layout.local_bytes(value.id)
-    reads: dict[tuple[int, Spec, int], tuple[int, int]] = {}
+    graph, mesh, taken, compiler = times.graph, layout.mesh, times.bytes(), times.compiler
+    end = len(graph.ops)
+    live = np.zeros(end + 1)
+
+    def hold(value: int, spec: Spec, first: int, last: int, times_: float = 1) -> None:
+        live[first : last + 1] += times_ * taken[value] / shard_count(spec, mesh)
+
+    last = [min(f, u) if u < end else end for f, u in zip(times.first.tolist(), times.last.tolist(), strict=True)]
+    reads: dict[tuple[int, Spec, int], list[int]] = {}
     for op in graph.ops:
         for index, value in enumerate(op.operands):
-            if value == NO_VALUE or graph.values[value].constant or not graph.values[value].shape:
+            if value == NO_VALUE:
                 continue
+            when, until = int(times.when[op.id]), int(times.until[op.id])
+            read = layout.graph.ops[op.id].operands[index]  # another value than the compiler's, if that merges some
             spec = layout.operand(op.id, index)
-            if spec != layout.home(value):
-                first, last = reads.get((value, spec, op.scope), (op.id, op.id))
-                reads[value, spec, op.scope] = (first, max(last, int(times.until[op.id])))
-        for value in op.results:
-            if layout.partial(value) != layout.home(value):
-                live[op.id] += layout.local_bytes(value, layout.partial(value))
-    for (value, spec, _), (first, last) in reads.items():
-        live[first : last + 1] += graph.values[value].bytes / shard_count(spec, mesh)
+            free = graph.values[value].constant or not graph.values[value].shape
+            if (free or spec == layout.home(read) or read != value) and times.first[value] <= times.last[value]:
+                last[value] = max(last[value], until)
+            if not free and spec != layout.home(read):
+                known = reads.setdefault((read, spec, op.scope), [when, until])
+                known[:] = [min(known[0], when), max(known[1], until)]
+    for (value, spec, _), (first, _) in reads.items():
+        if not is_slice(layout.home(value), spec):
+            last[value] = max(last[value], first)
+    for (value, spec, _), (first, until) in reads.items():
+        home = layout.home(value)
+        if is_slice(home, spec):
+            first = min(first, last[value] + 1) if times.first[value] <= times.last[value] else first
+        elif compiler.copies_gathered and any(t[: len(s)] != s for s, t in zip(home[1:], spec[1:], strict=True)):
+            hold(value, spec, first, first)
+        hold(value, spec, first, until)
+    flushed = times.flushed(possible_sums(layout.regions), mesh.devices)
+    for value in possible_sums(layout.regions):
+        made = int(times.when[graph.values[value].producer])
+        if layout.partial_axes(graph.values[value].producer):
+            if layout.partial(value) == layout.home(value):
+                hold(value, layout.partial(value), made, made, float(compiler.reduces_out_of_place))
+            else:
+                hold(value, layout.partial(value), made, int(flushed[value]), 1.0 + compiler.slices_reductions)
+    for value in times.new_results.tolist():
+        hold(value, layout.home(value), 0, int(times.first[value]) - 1, compiler.results_apart)
+    for value in graph.values:
+        if times.first[value.id] <= times.last[value.id]:
+            hold(value.id, layout.home(value.id), int(times.first[value.id]), last[value.id])
     return float(live.max())
 
 
@@ -167,6 +196,8 @@ def random_step(picks: Sequence[tuple[int, int, int]]) -> Callable[..., Any]:
                     values.append(jnp.tanh(x) + y)
                 case 2:
                     values.append(x.T @ y)
+                case 5:
+                    values.append(jax.checkpoint(lambda u, v: jnp.tanh(u @ v) @ v)(x, y))
                 case 3:
                     values.append(jax.lax.scan(lambda c, r: (c + r, c * r), x[0], y)[1])
                 case _:
@@ -182,15 +213,18 @@ def problem_of(regions: Regions, mesh: MeshShape) -> Problem:
     return build_problem(regions, keys, by_family(kernels(regions), keys), model)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    picks=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7),
+    picks=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7),
     mesh=st.sampled_from([MeshShape(("x",), (4,)), MeshShape(("x", "y"), (2, 2))]),
+    compiler=st.sampled_from([TO_THE_LETTER, XLA_CPU, XLA_GPU]),
     seed=st.integers(0, 99),
 )
-def test_peaks_and_instants_agree_with_a_recount(picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int) -> None:
+def test_peaks_and_instants_agree_with_a_recount(
+    picks: list[tuple[int, int, int]], mesh: MeshShape, compiler: Compiler, seed: int
+) -> None:
     regions = regions_of(random_step(picks), kib(64, 64), kib(64, 64), donate=(0,))
-    problem, times = problem_of(regions, mesh), lifetimes(regions.graph)
+    problem, times = problem_of(regions, mesh), lifetimes(regions.graph, compiler)
     memory = MemoryModel(regions, times, family_keys(regions))
     rng = np.random.default_rng(seed)
     for _ in range(5):
@@ -198,10 +232,10 @@ def test_peaks_and_instants_agree_with_a_recount(picks: list[tuple[int, int, int
         layout = layout_of(problem, choice)
         found = memory.peak(layout)
         assert found.bytes == pytest.approx(recount(layout, times))
-        assert peak(layout).bytes == pytest.approx(found.bytes)
+        assert peak(layout, times).bytes == pytest.approx(found.bytes)
         assert found.bytes >= sum(size for _, size in found.live) * (1 - 1e-9)
         # The solver's view of that instant: never less, so that what it fits into a budget does fit.
-        entry = instant(problem, times, found.op, 1.0)
+        entry = instant(problem, times, found.instant, 1.0)
         total = entry.fixed_bytes + sum(sizes[choice[node]] for node, sizes in entry.node_bytes.items())
         for index, sizes in entry.copy_bytes.items():
             transfer = problem.transfers[index]

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import by_family, kernels
-from ffjax.cost.memory import MemoryModel, lifetimes
+from ffjax.cost.lifetimes import lifetimes
+from ffjax.cost.memory import MemoryModel
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape

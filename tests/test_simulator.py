@@ -18,7 +18,8 @@ from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
 from ffjax.cost.kernels import kernels
-from ffjax.cost.memory import MemoryModel, lifetimes, peak
+from ffjax.cost.lifetimes import lifetimes
+from ffjax.cost.memory import MemoryModel, peak
 from ffjax.cost.simulation.schedule import AHEAD
 from ffjax.cost.simulation.simulator import Simulator, simulate
 from ffjax.cost.simulation.streams import COMPUTE_STREAM

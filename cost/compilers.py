@@ -1,0 +1,73 @@
+"""What a platform's compiler does to a program that decides what is in memory when.
+
+Each field is a behaviour that was seen in XLA's buffer assignments (`--xla_dump_to`, jax 0.10.2); the shares are
+measured by `benchmarks/memory.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ffjax.cost.cluster import Platform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiler:
+    """How one compiler schedules, fuses and allocates. The defaults follow the program to the letter."""
+
+    runs_late: bool = False
+    """Ops run as late as their readers allow, rather than in the order of the program."""
+    merges_remat: bool = False
+    """Recomputation outside of loops is merged with the original: the barrier is dropped before common subexpressions
+    are eliminated."""
+    keeps_expensive: bool = False
+    """A transcendental that several kernels read, one of which reduces, is stored, not computed again in each."""
+    keeps_shared: bool = False
+    """Nothing is computed twice: whatever several kernels read is stored, broadcasts included."""
+    copies_transposed: bool = False
+    """A transposed operand is copied into the layout that its reader wants."""
+    fuses_into_dots: bool = False
+    """Dots compute cheap elementwise operands themselves (Triton's GEMM fusions)."""
+    widens_halves: bool = False
+    """Arithmetic on bfloat16 and float16 is done, and what it makes is kept, in float32."""
+    reduces_out_of_place: bool = False
+    """An all-reduce leaves its operand where it is: both are in memory."""
+    slices_reductions: bool = False
+    """There is no reduce-scatter: sums are all-reduced whole, then sliced."""
+    copies_gathered: bool = False
+    """What is gathered along an inner dimension comes out transposed and is copied."""
+    combined_bytes: float = 0.0
+    """Reduce-scatters are combined up to so many bytes of results; what they reduce waits for the last of them."""
+    fragmentation: float = 0.0
+    """Bytes lost between temporaries, as a share of them."""
+    results_apart: float = 0.0
+    """The share of the buffers of new results in which temporaries do not fit before the results are there."""
+
+
+XLA_CPU = Compiler(
+    merges_remat=True,
+    keeps_expensive=True,
+    keeps_shared=True,
+    copies_transposed=True,
+    widens_halves=True,
+    reduces_out_of_place=True,
+    slices_reductions=True,
+    copies_gathered=True,
+    fragmentation=0.02,
+    results_apart=0.35,
+)
+XLA_GPU = Compiler(
+    runs_late=True,
+    keeps_expensive=True,
+    fuses_into_dots=True,
+    reduces_out_of_place=True,
+    combined_bytes=30 * 2**20,  # xla_gpu_reduce_scatter_combine_threshold_bytes
+    fragmentation=0.02,
+    results_apart=0.35,
+)
+TO_THE_LETTER = Compiler()
+
+
+def compiler_of(platform: Platform) -> Compiler:
+    """The compiler of a platform; one that follows the program to the letter where none was studied (TPU)."""
+    return {"cpu": XLA_CPU, "gpu": XLA_GPU}.get(platform, TO_THE_LETTER)

@@ -1,0 +1,179 @@
+"""When each value of a program is in memory, whatever its sharding.
+
+A value lives from the op that makes it to the last op that reads it, directly or through fused values that are never
+in memory themselves. Crossing into a loop: what a body only reads stays alive for the whole loop and is not copied, a
+stacked result is allocated when its loop starts, a carry takes over its initial value's place. Arguments live for the
+whole step unless they are donated; a result that replaces a donated argument takes over its buffer. The order of the
+ops, and what is fused, are the compiler's (`ffjax.cost.compilers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ffjax.cost.buffers import buffered
+from ffjax.cost.compilers import TO_THE_LETTER, Compiler
+from ffjax.cost.kernels import fusible
+from ffjax.cost.merged_remat import merge_remat
+from ffjax.cost.order import as_written, from_the_end, scope_spans
+from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.regions import is_reduction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetimes:
+    """When things happen: instants are numbered from 0, one for each op.
+
+    For each op `when` it runs, and `until` when it has really read its operands: a fused one reads them in the op that
+    it is fused into, a body all through its loop. For each value the `first` and the `last` instant at which it is in
+    memory; `first > last` if it never is.
+    """
+
+    graph: Graph
+    """The program as the compiler sees it: the same ops and values, some of which it may merge with others."""
+    compiler: Compiler
+    when: NDArray[np.int64]
+    until: NDArray[np.int64]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    new_results: NDArray[np.int64]
+    """Values that become results in buffers of their own."""
+
+    def bytes(self) -> NDArray[np.float64]:
+        """For each value, unsharded, what it takes in memory: temporaries leave gaps between them."""
+        taken = np.array([v.bytes for v in self.graph.values], dtype=np.float64) * (1 + self.compiler.fragmentation)
+        if self.compiler.widens_halves:
+            taken[[v.dtype in ("bfloat16", "float16") for v in self.graph.values]] *= 2
+        for op in self.graph.arguments:
+            value = self.graph.ops[op].results[0]
+            taken[value] = self.graph.values[value].bytes
+        return taken
+
+    def flushed(self, sums: Sequence[int], devices: int) -> NDArray[np.int64]:
+        """Until when partial sums are in memory, where they are scattered: reduce-scatters are combined.
+
+        Args:
+          sums: values, each the one result of an op that may leave partial sums.
+          devices: over how many of them a sum is scattered.
+        """
+        graph = self.graph
+        readers = np.full(len(graph.values), len(graph.ops), dtype=np.int64)
+        for op in graph.ops:
+            for value in op.operands:
+                if value != NO_VALUE:
+                    readers[value] = min(readers[value], self.when[op.id])
+        flushed = np.zeros(len(graph.values), dtype=np.int64)
+        made = {v: int(self.when[graph.values[v].producer]) for v in sums}
+        group: list[int] = []
+        size, needed, scope = 0.0, 0, -1
+        for value in sorted(made, key=lambda v: made[v]):
+            share = graph.values[value].bytes / devices
+            own_scope = graph.values[value].scope
+            if size + share > self.compiler.combined_bytes or made[value] >= needed or scope != own_scope:
+                group, size, needed, scope = [], 0.0, len(graph.ops), own_scope
+            group.append(value)
+            size += share
+            needed = min(needed, int(readers[value]))
+            flushed[group] = made[value]
+        return flushed
+
+    @property
+    def op_at(self) -> NDArray[np.int64]:
+        """For each instant the op that runs."""
+        return np.argsort(self.when)
+
+
+def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
+    """When each value is in memory under a compiler's schedule."""
+    end = len(graph.ops)
+    if compiler.merges_remat:
+        graph = merge_remat(graph)
+    in_memory = buffered(graph, compiler)
+    when = from_the_end(graph, in_memory) if compiler.runs_late else as_written(graph)
+    loop_end = [int(when[first : last + 1].max(initial=-1)) for first, last in scope_spans(graph)]
+    loop_start = [int(when[first : last + 1].min(initial=end)) for first, last in scope_spans(graph)]
+    carries = _carries(graph)
+    first = when[np.array([v.producer for v in graph.values], dtype=np.int64)]
+    last = first.copy()
+    stays = [False] * len(graph.values)
+    untils = when.copy()
+    replacing = {graph.outputs[r] for _, r in _replacing(graph)}
+    # Backwards, so that what a fused value reads inherits the ops that read the fused value.
+    for op in reversed(graph.ops):
+        until = int(when[op.id])
+        if fusible(op) and not is_reduction(op):
+            until = max([until, *(int(last[v]) for v in op.results if not in_memory[v])])
+        if op.kind == "enter" and op.id not in carries:
+            # What a body only reads is the outer array itself, for as long as the loop runs.
+            inner = graph.values[op.results[0]].scope
+            until = max(until, int(last[op.results[0]])) if graph.scopes[inner].kind == "remat" else loop_end[inner]
+        if op.kind == "result" and op.id not in replacing:
+            until = end
+        untils[op.id] = until
+        for value in op.operands:
+            if value != NO_VALUE:
+                last[value] = max(last[value], until)
+    donated = _donated(graph)
+    replaced = _replaced(graph)
+    for position, op_id in enumerate(graph.arguments):
+        value = graph.ops[op_id].results[0]
+        first[value] = 0
+        if not donated[position] or position in replaced:
+            last[value] = end
+    for op_id in graph.outputs:
+        value = graph.ops[op_id].operands[0]
+        if value != NO_VALUE:
+            last[value] = end
+            stays[value] = True
+    new_results = [
+        value
+        for value in dict.fromkeys(graph.ops[op].operands[0] for op in graph.outputs if op not in replacing)
+        if value != NO_VALUE and graph.ops[graph.values[value].producer].kind != "argument"
+    ]
+    taken_over = {graph.ops[op].operands[0] for op in replacing}
+    taken_over -= {graph.ops[op].results[0] for op in graph.arguments}  # what is handed on is copied
+    for op in graph.ops:
+        for value in op.results:
+            inner = graph.values[value].scope
+            if op.kind == "exit" and op.rule.need_replication:
+                first[value] = loop_start[graph.ops[op.id].scope]  # a stacked result is there from the loop's start
+            if op.kind == "enter" and op.id not in carries:
+                last[value] = first[value] - 1
+            elif op.kind == "enter" and inner:
+                last[value] = max(last[value], first[value])
+            if not in_memory[value] and not stays[value]:
+                last[value] = first[value] - 1
+            if value in taken_over and value != NO_VALUE:
+                last[value] = first[value] - 1
+    return Lifetimes(
+        graph=graph,
+        compiler=compiler,
+        when=when,
+        until=untils,
+        first=first,
+        last=last,
+        new_results=np.array(new_results, dtype=np.int64),
+    )
+
+
+def _carries(graph: Graph) -> set[int]:
+    """The `enter` ops that bring in a carry's first value, rather than a constant or a stacked array."""
+    return {op for pair in graph.ties for op, side, _ in pair if side == "result"}
+
+
+def _donated(graph: Graph) -> list[bool]:
+    return [False] * len(graph.program.closures) + list(graph.program.donated)
+
+
+def _replacing(graph: Graph) -> list[tuple[int, int]]:
+    """The ties whose argument is donated: the result takes over its buffer."""
+    return [(a, r) for a, r in graph.program.ties if graph.program.donated[a]]
+
+
+def _replaced(graph: Graph) -> set[int]:
+    offset = len(graph.program.closures)
+    return {a + offset for a, _ in _replacing(graph)}
