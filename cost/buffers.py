@@ -9,7 +9,7 @@ from __future__ import annotations
 from ffjax.cost.compilers import Compiler
 from ffjax.cost.kernels import fusible, materialised
 from ffjax.ir.graph import NO_VALUE, Graph
-from ffjax.ir.regions import is_reduction
+from ffjax.ir.op_kinds import is_reduction
 
 _EXPENSIVE = frozenset(["tanh", "log", "log1p", "expm1", "erf", "erfc", "erf_inv", "logistic", "pow", "sin", "cos"])
 _CHEAP_PROLOGUE = 2

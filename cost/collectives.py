@@ -27,6 +27,7 @@ import functools
 import math
 
 from ffjax.cost.cluster import Cluster, Link
+from ffjax.cost.compilers import compiler_of
 from ffjax.cost.meshes import AxisGroup
 from ffjax.cost.op_times import Source
 from ffjax.cost.profiles.link_fits import lie, link_fits
@@ -73,9 +74,17 @@ class CollectiveModel:
         least = min((b for b in betas if b > 0), default=1.0)
         return tuple(max(b / least, 1.0) for b in betas)
 
-    def seconds(self, collective: Collective) -> float:
+    def seconds(self, collective: Collective, *, merged: bool = False) -> float:
+        """Of one collective; `merged`: together with others of its kind, up to what the compiler merges into one."""
         alpha_s, beta_s_per_byte = self.coefficients(collective.kind, collective.axes)
+        if merged:
+            alpha_s *= self.share_of_one(collective.bytes)
         return alpha_s + beta_s_per_byte * collective.bytes
+
+    def share_of_one(self, size: float) -> float:
+        """The share of a merged collective's latency that one of so many bytes bears."""
+        combined = compiler_of(self.cluster.device.platform).combined_bytes
+        return min(1.0, size / combined) if combined else 1.0
 
     def group(self, axes: tuple[str, ...]) -> AxisGroup:
         """How the groups along `axes` lie on the hosts."""

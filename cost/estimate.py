@@ -75,7 +75,7 @@ def estimate(
         entry = totals.setdefault((planned.collective.kind, planned.collective.axes), [0.0, 0.0, 0.0])
         entry[0] += planned.count
         entry[1] += planned.count * planned.collective.bytes
-        seconds_ = planned.count * model.seconds(planned.collective)
+        seconds_ = planned.count * model.seconds(planned.collective, merged=planned.merged)
         entry[2] += seconds_
         origin = model.source(planned.collective)
         sources[origin] = sources.get(origin, 0.0) + seconds_

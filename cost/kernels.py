@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from ffjax.cost.work import Work, work_of
 from ffjax.ir import compat
 from ffjax.ir.graph import NO_VALUE, Graph, Op
-from ffjax.ir.regions import Dims, Region, Regions, is_light, is_reduction
+from ffjax.ir.op_kinds import is_light, is_reduction
+from ffjax.ir.regions import Dims, Region, Regions
 
 _BORDERS = frozenset({"argument", "result", "enter", "exit"})
 _FREE = frozenset(

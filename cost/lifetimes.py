@@ -21,7 +21,7 @@ from ffjax.cost.kernels import fusible
 from ffjax.cost.merged_remat import merge_remat
 from ffjax.cost.order import as_written, from_the_end, scope_spans
 from ffjax.ir.graph import NO_VALUE, Graph
-from ffjax.ir.regions import is_reduction
+from ffjax.ir.op_kinds import is_reduction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

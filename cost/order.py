@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.ir.graph import NO_VALUE, Graph, Op
-from ffjax.ir.regions import is_light, is_reduction
+from ffjax.ir.op_kinds import is_light, is_reduction
 
 
 def as_written(graph: Graph) -> NDArray[np.int64]:

@@ -70,20 +70,21 @@ def reduction_seconds(
         return total
     graph = regions.graph
     # What reduces over the same atoms and is split alike costs alike: add up bytes and counts first.
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...], bool], list[float]] = {}
     for op, dims in reducing:
         trips = graph.scopes[graph.ops[op].scope].trips
         for value, result in zip(graph.ops[op].results, dims.results, strict=True):
-            key = (dims.reduced, tuple(sorted({a for dim in result for a in dim})))
+            key = (dims.reduced, tuple(sorted({a for dim in result for a in dim})), regions.merged_sums[value])
             entry = groups.setdefault(key, [0.0, 0.0])
             entry[0] += trips
             entry[1] += trips * graph.values[value].bytes
-    for (reduced, kept), (count, size) in groups.items():
+    for (reduced, kept, merged), (count, size) in groups.items():
         local = size / splits.of(kept)
         for index, candidate in enumerate(candidates):
             axes = tuple(n for n, a in zip(model.mesh.axes, candidate.atoms, strict=True) if a in reduced)
             if axes:
                 scatter = any(d != UNUSED for d in candidate.scatter)
                 alpha, beta = model.coefficients("reduce_scatter" if scatter else "all_reduce", axes)
-                total[index] += count * alpha + beta * local[index]
+                share = model.share_of_one(local[index] / count) if merged else 1.0
+                total[index] += count * alpha * share + beta * local[index]
     return total

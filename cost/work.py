@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from ffjax.ir import compat
 from ffjax.ir.graph import NO_VALUE, Graph, Op
-from ffjax.ir.regions import Dims, OpDims, is_reduction
+from ffjax.ir.op_kinds import is_reduction
+from ffjax.ir.regions import Dims, OpDims
 
 MATMUL, CONVOLUTION, ELEMENTWISE, REDUCTION = "matmul", "convolution", "elementwise", "reduction"
 STREAMS = frozenset({ELEMENTWISE, REDUCTION})

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
 from ffjax.ir.compose import PERMUTATION
-from ffjax.ir.regions import Dims, Region, Regions, ends_in_its_sum
+from ffjax.ir.op_kinds import ends_in_its_sum
+from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.spec import MeshShape, divides
 
 MOST_ATOMS = {0: 1, 1: 32, 2: 9, 3: 6}

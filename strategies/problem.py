@@ -83,35 +83,36 @@ class Problem:
 
 
 class ReshardCosts:
-    """Seconds of resharding on one mesh: `alpha + beta * bytes of the whole value`, each pair worked out once."""
+    """Seconds of resharding on one mesh; the way of each pair is worked out once."""
 
     def __init__(self, model: CollectiveModel) -> None:
         self.model = model
-        self._known: dict[tuple[Spec, Spec], tuple[float, float]] = {}
+        self._known: dict[tuple[Spec, Spec], list[tuple[float, float, float]]] = {}
 
-    def coefficients(self, source: Spec, target: Spec) -> tuple[float, float]:
+    def steps(self, source: Spec, target: Spec) -> list[tuple[float, float, float]]:
+        """The collectives of a way: of each alpha, beta, and its bytes as a share of the whole value's."""
         if source == target:
-            return 0.0, 0.0
+            return []
         found = self._known.get((source, target))
         if found is None:
-            alpha = beta = 0.0
+            found = self._known[source, target] = []
             shards = shard_count(source, self.model.mesh)
             for hop in reshard_chain(source, target, self.model.mesh, None, self.model.axis_prices):
                 if hop.step is not None:
                     kind, axes, multiplier = hop.step
-                    a, b = self.model.coefficients(kind, axes)
-                    alpha += a
-                    beta += b * multiplier / shards
-            found = self._known[source, target] = (alpha, beta)
+                    found.append((*self.model.coefficients(kind, axes), multiplier / shards))
         return found
 
-    def matrix(self, rows: Sequence[Spec], columns: Sequence[Spec], count: float, size: float) -> Floats:
+    def matrix(
+        self, rows: Sequence[Spec], columns: Sequence[Spec], count: float, size: float, *, merged: bool
+    ) -> Floats:
         """`count` reshardings of values of `size` bytes, from each row to each column."""
-        out = np.empty((len(rows), len(columns)))
+        out = np.zeros((len(rows), len(columns)))
         for i, source in enumerate(rows):
             for j, target in enumerate(columns):
-                alpha, beta = self.coefficients(source, target)
-                out[i, j] = count * (alpha + beta * size)
+                for alpha, beta, part in self.steps(source, target):
+                    share = self.model.share_of_one(size * part) if merged else 1.0
+                    out[i, j] += count * (alpha * share + beta * size * part)
         return out
 
 
@@ -165,6 +166,7 @@ class _Alike(NamedTuple):
     bytes: float
     trips: float
     ports: tuple[tuple[int, Dims], ...]
+    merged: bool
 
 
 def _transfers(problem: Problem) -> list[Transfer]:
@@ -183,6 +185,7 @@ def _transfers(problem: Problem) -> list[Transfer]:
             bytes=graph.values[value].bytes,
             trips=graph.scopes[scope].trips,
             ports=tuple(sorted(ports)),
+            merged=regions.merged_copies[value],
         )
         groups.setdefault(alike, []).append((value, scope))
     costs = ReshardCosts(problem.model)
@@ -222,7 +225,7 @@ def _transfers(problem: Problem) -> list[Transfer]:
                 consumers=consumers,
                 rows=rows,
                 columns=columns,
-                seconds=costs.matrix(rows, columns, len(group) * alike.trips, alike.bytes),
+                seconds=costs.matrix(rows, columns, len(group) * alike.trips, alike.bytes, merged=alike.merged),
                 bytes=alike.bytes,
                 values=group,
             )

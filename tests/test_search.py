@@ -192,7 +192,8 @@ def test_no_named_strategy_beats_the_free_search(name: str, cluster: str) -> Non
     result = search(example(name), described, budget_bytes=described.device.memory_bytes, meshes=tried[:1])
     assert result.best.fits
     for found in result.found:
-        assert result.best.step_s <= found.step_s * (1 + 1e-9)
+        if found.simulated is not None or not described.async_collectives:
+            assert result.best.predicted_s <= found.predicted_s * (1 + 1e-9)
         free = next(f for f in result.found if f.strategy == AUTO and f.mesh == found.mesh)
         assert free.step_s <= found.step_s * (1 + 2e-4), f"{found.strategy} on {found.mesh}"
         assert free.bound_s <= found.step_s * (1 + 1e-9)

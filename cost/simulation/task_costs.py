@@ -74,6 +74,7 @@ class TaskCosts:
             kind(
                 values[r.value].bytes,
                 values[r.value].shape,
+                regions.merged_copies[r.value],
                 view(r.regions[0], regions.home[r.value]),
                 *(view(edges[p].target, edges[p].target_dims) for p in r.ports),
             )
@@ -81,7 +82,9 @@ class TaskCosts:
         ]
         self._sum_kind = [
             kind(
-                tuple((values[v].bytes, values[v].shape) for v in regions.graph.ops[s.op].results),
+                tuple(
+                    (values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in regions.graph.ops[s.op].results
+                ),
                 sizes[s.regions[0]],
                 ports[s.op].results,
                 ports[s.op].reduced,
@@ -157,7 +160,7 @@ class TaskCosts:
                     continue
                 made[way] = len(copies)
                 kind, axes, multiplier = hop.step
-                hops.append(self._hop(kind, axes, local * multiplier))
+                hops.append(self._hop(kind, axes, local * multiplier, self.regions.merged_copies[read.value]))
             if hops or base >= 0:
                 copies.append(Copy(tuple(readers), tuple(hops), base, layout.local_bytes(read.value, spec)))
         return tuple(copies)
@@ -171,12 +174,13 @@ class TaskCosts:
             reads = {layout.operand(op, i) for v, op, i in entry.readers if v == index}
             scatters = layout.scatters(value, axes, reads)
             size = layout.local_bytes(value, layout.partial(value))
-            hops.append(self._hop("reduce_scatter" if scatters else "all_reduce", axes, size))
+            made: CollectiveKind = "reduce_scatter" if scatters else "all_reduce"
+            hops.append(self._hop(made, axes, size, self.regions.merged_sums[value]))
         return tuple(hops)
 
-    def _hop(self, kind: CollectiveKind, axes: tuple[str, ...], size: float) -> Hop:
+    def _hop(self, kind: CollectiveKind, axes: tuple[str, ...], size: float, merged: bool) -> Hop:
         collective = Collective(kind, axes, size)
-        return Hop(round(self.model.seconds(collective) * TICKS_PER_S), self._crossed(axes), collective)
+        return Hop(round(self.model.seconds(collective, merged=merged) * TICKS_PER_S), self._crossed(axes), collective)
 
     def _crossed(self, axes: tuple[str, ...]) -> tuple[int, ...]:
         """The links between the devices of a group: inside a host, across hosts, or both."""

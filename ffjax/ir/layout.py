@@ -24,6 +24,8 @@ class PlannedCollective:
     count: float
     op: int
     value: int
+    merged: bool
+    """Whether the compiler may merge it with others of its kind; see `ffjax.ir.merging`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,7 +109,13 @@ class Layout:
                 )
                 collective = Collective(kind, axes, self.local_bytes(value, partial))
                 found.append(
-                    PlannedCollective(collective=collective, count=graph.scopes[op.scope].trips, op=op.id, value=value)
+                    PlannedCollective(
+                        collective=collective,
+                        count=graph.scopes[op.scope].trips,
+                        op=op.id,
+                        value=value,
+                        merged=self.regions.merged_sums[value],
+                    )
                 )
         # Ways that begin alike share their beginning.
         moved: set[tuple[int, int, tuple[Spec, ...]]] = set()
@@ -126,6 +134,7 @@ class Layout:
                         count=graph.scopes[scope].trips,
                         op=op_id,
                         value=value,
+                        merged=self.regions.merged_copies[value],
                     )
                 )
         return found

@@ -14,67 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jax.lax import GatherScatterMode
-
 from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, Factors
 from ffjax.ir.graph import NO_VALUE, Graph, Op
+from ffjax.ir.merging import merged_copies, merged_sums
+from ffjax.ir.op_kinds import is_light, is_reduction
 
 Dims = tuple[tuple[int, ...], ...]
 """For each dimension of a value the atoms that index it, major to minor, numbered within one region."""
-
-_WORK = frozenset(
-    [
-        "dot_general",
-        "conv_general_dilated",
-        "ragged_dot_general",
-        "ragged_dot",
-        "gather",
-        "scatter",
-        "scatter-add",
-        "scatter_add",
-        "scatter-mul",
-        "scatter_mul",
-        "scatter-min",
-        "scatter_min",
-        "scatter-max",
-        "scatter_max",
-        "scatter-sub",
-        "scatter_sub",
-        "sort",
-        "top_k",
-        "approx_top_k",
-        "fft",
-        "cumsum",
-        "cumprod",
-        "cummax",
-        "cummin",
-        "cumlogsumexp",
-        "reduce_window",
-        "reduce_window_sum",
-        "reduce_window_max",
-        "reduce_window_min",
-        "select_and_scatter_add",
-        "select_and_gather_add",
-        "select_and_scatter",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "shard_map",
-        "cholesky",
-        "lu",
-        "qr",
-        "eigh",
-        "svd",
-        "triangular_solve",
-        "householder_product",
-        "pallas_call",
-        "ffi_call",
-        "custom_call",
-        "sharding_constraint",
-        "reshard",
-        "mesh_cast",
-    ]
-)
-"""Ops that are never joined with their neighbours, because resharding next to them can pay."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,33 +74,15 @@ class Regions:
     home: list[Dims]
     """For each value its dimensions, in atoms of its producer's region."""
     edges: list[Edge]
+    merged_sums: list[bool]
+    """For each value whether a sum that makes it can be merged with others; see `ffjax.ir.merging`."""
+    merged_copies: list[bool]
+    """The same of a copy of it in another sharding."""
 
 
 def find_regions(graph: Graph) -> Regions:
     """Joins the program's ops into regions, in near-linear time."""
     return _Joiner(graph).join()
-
-
-def is_reduction(op: Op) -> bool:
-    return op.kind in ("argmax", "argmin", "reduce") or (
-        op.kind.startswith("reduce_") and op.kind not in ("reduce_precision", "reduce_window")
-    )
-
-
-def is_light(op: Op) -> bool:
-    """Whether an op follows its neighbours' sharding for free."""
-    if op.kind in _WORK or is_reduction(op):
-        return False
-    return all(len(dim) <= 1 for value in op.rule.operands + op.rule.results for dim in value)
-
-
-def ends_in_its_sum(op: Op) -> bool:
-    """Whether an op's partial sums are its result as it lowers, so that they can be scattered where they are summed.
-
-    A gather that fills what is out of bounds masks its result after the all-reduce.
-    """
-    mode = None if op.eqn is None else op.eqn.params.get("mode")
-    return op.kind != "gather" or mode != GatherScatterMode.FILL_OR_DROP
 
 
 class _Joiner:
@@ -376,7 +304,16 @@ class _Joiner:
             and (region_of[graph.values[value].producer], home[value])
             != (region_of[op.id], ports[op.id].operands[index])
         ]
-        return Regions(graph=graph, regions=regions, region_of=region_of, ports=ports, home=home, edges=edges)
+        return Regions(
+            graph=graph,
+            regions=regions,
+            region_of=region_of,
+            ports=ports,
+            home=home,
+            edges=edges,
+            merged_sums=merged_sums(graph),
+            merged_copies=merged_copies(graph),
+        )
 
 
 def _indexed_twice(region: Region) -> set[int]:

@@ -1,0 +1,44 @@
+"""Which collectives a compiler can merge: those that nothing waits for, and those that wait for nothing.
+
+Gradients are summed for the optimizer alone, and weights can be gathered at any time before they are used: such
+collectives are independent of each other, and XLA:GPU makes one of many small ones. The sum of an activation is waited
+for by the next op that does work, and stands alone.
+"""
+
+from __future__ import annotations
+
+from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.op_kinds import is_light, is_reduction
+
+
+def merged_sums(graph: Graph) -> list[bool]:
+    """For each value whether no op that does work waits for it in the same step."""
+    carried = _carried(graph, "operand")
+    waited = [False] * len(graph.values)
+    for op in reversed(graph.ops):
+        passes_on = op.kind in ("enter", "exit") or is_light(op) or is_reduction(op)
+        waits = (not passes_on and op.kind != "result") or op.id in carried or any(waited[v] for v in op.results)
+        if waits:
+            for value in op.operands:
+                if value != NO_VALUE:
+                    waited[value] = True
+    return [not w for w in waited]
+
+
+def merged_copies(graph: Graph) -> list[bool]:
+    """For each value whether it is there from the start: an argument, or made of arguments by light ops alone."""
+    carried = _carried(graph, "result")
+    ready = [False] * len(graph.values)
+    for op in graph.ops:
+        light = op.kind == "enter" or (op.kind != "exit" and is_light(op))
+        is_ready = op.kind == "argument" or (
+            light and op.id not in carried and all(v == NO_VALUE or ready[v] for v in op.operands)
+        )
+        for value in op.results:
+            ready[value] = is_ready or graph.values[value].constant
+    return ready
+
+
+def _carried(graph: Graph, side: str) -> set[int]:
+    """The `exit` or `enter` ops of loop carries."""
+    return {op for pair in graph.ties for op, own, _ in pair if own == side and graph.ops[op].kind in ("enter", "exit")}
