@@ -6,22 +6,35 @@ python benchmarks/accuracy.py
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from scipy.optimize import nnls
 from scipy.stats import spearmanr
 from tables import write
 
 import ffjax
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.estimate import Estimate, estimate
 from ffjax.cost.fit import Work, fit, seconds_of, work
+from ffjax.cost.kernels import Kernel, kernels
+from ffjax.cost.memory import Peak
+from ffjax.emit.emit import in_shardings
+from ffjax.emit.run import device_mesh
 from ffjax.examples import convnet, gpt, moe, recommender
+from ffjax.ir.layout import Layout
 from ffjax.planner import plan_program, trace_step
+from ffjax.profile import needs, profile
+from ffjax.profile_grid import grid
 from ffjax.testing import fake_devices
 
-ROUNDS = 7
+ROUNDS = 9
+PROFILE_S = 240.0
 MESHES = ({"x": 8}, {"x": 4, "y": 2}, {"x": 2, "y": 4})
 STRATEGIES = ("auto", "data_parallel", "fsdp", "tensor_parallel", "fsdp+tensor_parallel")
 SMALL = gpt.Config.small()
@@ -42,9 +55,12 @@ HELD_OUT = {
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Case:
+    """One plan: what it does, how to run it, and the seconds of its runs."""
+
     model: str
-    mesh: str
     strategy: str
+    layout: Layout
+    kernels: Sequence[Kernel]
     work: Work
     run: Callable[[], Any]
     times: list[float] = dataclasses.field(default_factory=list)
@@ -52,6 +68,10 @@ class Case:
     @property
     def seconds(self) -> float:
         return float(np.median(self.times))
+
+    def priced(self, cluster: Cluster) -> Estimate:
+        nothing = Peak(bytes=0.0, instant=0, op=0, live=())
+        return estimate(self.layout, self.kernels, CollectiveModel(self.layout.mesh, cluster), nothing)
 
 
 def cases(name: str, module: Any, config: Any) -> list[Case]:
@@ -63,22 +83,18 @@ def cases(name: str, module: Any, config: Any) -> list[Case]:
     for mesh in MESHES:
         for strategy in STRATEGIES:
             try:
-                plan = plan_program(program, cluster=ffjax.Cluster.local(), mesh=mesh, strategy=strategy)
-            except ffjax.errors.FfjaxError:
+                plan = plan_program(program, cluster=Cluster.named("cpu"), mesh=mesh, strategy=strategy)
+            except ffjax.errors.PlanError:
                 continue  # no use for this mesh
             key = (str(plan.mesh), *(str(d.split) + str(d.scatter) for d in plan.decisions))
-            if key in seen:
-                continue
-            seen.add(key)
-            found.append(_case(name, strategy, plan))
+            if key not in seen:
+                seen.add(key)
+                found.append(_case(name, strategy, plan))
+                print(f"{name}, {plan.mesh}, {strategy}", file=sys.stderr, flush=True)
     return found
 
 
 def _case(name: str, strategy: str, plan: ffjax.Plan) -> Case:
-    from ffjax.cost.kernels import kernels
-    from ffjax.emit.emit import in_shardings
-    from ffjax.emit.run import device_mesh
-
     layout = plan.bound
     compiled = plan.lower(jax.devices()).compile()
     shardings = in_shardings(layout, device_mesh(layout.mesh, jax.devices()))
@@ -89,7 +105,8 @@ def _case(name: str, strategy: str, plan: ffjax.Plan) -> Case:
         return jax.block_until_ready(compiled(*placed))
 
     run()
-    return Case(model=name, mesh=str(plan.mesh), strategy=strategy, work=work(layout, kernels(layout.regions)), run=run)
+    own = kernels(layout.regions)
+    return Case(model=name, strategy=strategy, layout=layout, kernels=own, work=work(layout, own), run=run)
 
 
 def _filled(aval: Any) -> Any:
@@ -98,6 +115,36 @@ def _filled(aval: Any) -> Any:
     if jax.dtypes.issubdtype(aval.dtype, np.inexact):
         return np.full(aval.shape, 0.01, aval.dtype)
     return np.zeros(aval.shape, aval.dtype)
+
+
+def profiled_and_fitted(some: Sequence[Case], cluster: Cluster) -> Callable[[Case], float]:
+    """Measured ops, with what a step adds to them: factors on compute and on collectives, seconds for each launch."""
+
+    def features(case: Case) -> list[float]:
+        found = case.priced(cluster)
+        return [found.compute_s, found.comm_s, float(case.work.trips @ case.work.launches)]
+
+    rows = np.array([features(c) for c in some]) / np.array([[c.seconds] for c in some])
+    factors, _ = nnls(rows, np.ones(len(some)))
+    return lambda case: float(np.dot(features(case), factors))
+
+
+def judge(some: Sequence[Case], predicted: Callable[[Case], float]) -> tuple[str, ...]:
+    """Plans, median and 90th percentile of the relative error, rank correlation of all and of one model's plans."""
+    ours, theirs = np.array([predicted(c) for c in some]), np.array([c.seconds for c in some])
+    errors = np.abs(ours / theirs - 1)
+    within = []
+    for model in dict.fromkeys(c.model for c in some):
+        own = [i for i, c in enumerate(some) if c.model == model]
+        if len(own) > 2:
+            within.append(spearmanr(ours[own], theirs[own])[0])
+    return (
+        str(len(some)),
+        f"{np.median(errors):.0%}",
+        f"{np.quantile(errors, 0.9):.0%}",
+        f"{spearmanr(ours, theirs)[0]:.2f}",
+        f"{np.median(within):.2f}",
+    )
 
 
 def main() -> None:
@@ -112,44 +159,50 @@ def main() -> None:
             began = time.perf_counter()
             case.run()
             case.times.append(time.perf_counter() - began)
-    shipped = ffjax.Cluster.local()
-    fitted = fit([(c.work, c.seconds) for c in sets["calibration"]], shipped)
-    rows, summary = [], []
-    for kind, some in sets.items():
-        for source, cluster in (("shipped figures", shipped), ("calibrated", fitted)):
-            ratios = np.array([seconds_of(c.work, cluster) / c.seconds for c in some])
-            errors = np.abs(ratios - 1)
-            ranks = [
-                spearmanr([seconds_of(c.work, cluster) for c in own], [c.seconds for c in own])[0]
-                for name in dict.fromkeys(c.model for c in some)
-                if len(own := [c for c in some if c.model == name]) > 2
-            ]
-            overall = spearmanr([seconds_of(c.work, cluster) for c in some], [c.seconds for c in some])[0]
-            summary.append(
-                f"{kind}, {source}: {len(some)} plans, median error {np.median(errors):.0%}, 90th percentile "
-                f"{np.quantile(errors, 0.9):.0%}, rank correlation {overall:.2f}, of one model's plans "
-                f"{np.median(ranks):.2f} (median over models)."
-            )
-    noise = np.median([np.subtract(*np.quantile(c.times, [0.75, 0.25])) / c.seconds for c in everything])
-    summary.append(f"Between the quartiles of one plan's runs: {noise:.0%} of its median.")
-    for c in sets["held out"]:
-        predicted = seconds_of(c.work, fitted)
-        rows.append(
-            (
-                c.model,
-                c.mesh,
-                c.strategy,
-                f"{c.seconds * 1e3:.1f}",
-                f"{predicted * 1e3:.1f}",
-                f"{predicted / c.seconds:.2f}",
-            )
-        )
+    shipped = Cluster.named("cpu")
+    calibration = sets["calibration"]
+    fitted = fit([(c.work, c.seconds) for c in calibration], shipped)
+    collectives = [c for c in grid(shipped, ()) if c.group > 1]
+    wanted = collectives + needs([c.layout for c in everything], shipped)
+    measured = profile(wanted, shipped, jax.devices(), seconds=PROFILE_S)
+    profiled = shipped.with_profile(measured.profile)
+    sources: dict[str, Callable[[Case], float]] = {
+        "shipped figures": lambda c: seconds_of(c.work, shipped),
+        "figures fitted to the calibration steps": lambda c: seconds_of(c.work, fitted),
+        "profile of ops and collectives": lambda c: c.priced(profiled).step_s,
+        "profile, with what a step adds fitted": profiled_and_fitted(calibration, profiled),
+    }
+    spread = [np.subtract(*np.quantile(c.times, [0.75, 0.25])) / c.seconds for c in everything]
+    left = len(measured.measured.left_out)
     write(
         "accuracy",
-        "Predicted and measured step times",
-        summary,
-        ("model", "mesh", "strategy", "measured ms", "predicted ms", "ratio"),
-        rows,
+        "Predicted and measured step times on eight fake CPU devices",
+        [
+            "Plans of every strategy and mesh, each compiled once, all run in turn; the median of "
+            f"{ROUNDS} runs. Half of a plan's runs lie within {np.median(spread):.0%} of its median (median over plans): "
+            "no prediction can be nearer than that on this machine.",
+            "Errors are relative. The last column is the rank correlation among the plans of one model (median over "
+            f"models): what the search needs. The profile has {len(measured.profile.samples)} samples in "
+            f"{PROFILE_S:.0f} s ({left} ops left out).",
+        ],
+        ("set", "prices", "plans", "median error", "90%", "rank, all", "rank, one model"),
+        [(kind, name, *judge(some, source)) for kind, some in sets.items() for name, source in sources.items()],
+    )
+    write(
+        "accuracy_plans",
+        "Predicted and measured step times, plan by plan",
+        ["Held-out plans, in ms."],
+        ("model", "mesh", "strategy", "measured", *(name.split(" of")[0] for name in sources)),
+        [
+            (
+                c.model,
+                c.layout.mesh,
+                c.strategy,
+                f"{c.seconds * 1e3:.1f}",
+                *(f"{s(c) * 1e3:.1f}" for s in sources.values()),
+            )
+            for c in sets["held out"]
+        ],
     )
 
 

@@ -2,34 +2,28 @@
 
 pip install "ffjax[gpu-compile]"
 JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 python benchmarks/verify.py
+
+`--record FILE` also writes what was compiled, for `tests/test_accuracy_gate.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 from tables import write
 
 import ffjax
-from ffjax.examples import convnet, gpt, moe, recommender
 from ffjax.planner import plan_program, trace_step
 from ffjax.verifying import Verification, verify
 
-GPT = dataclasses.replace(gpt.Config.gpt2(), layers=2, dtype="bfloat16")
-MODELS = {
-    "gpt, unrolled": (gpt, GPT, 0),
-    "gpt, scanned, remat": (gpt, dataclasses.replace(GPT, layers=12, scan_layers=True, remat=True), 0),
-    "convnet": (convnet, convnet.Config(), (0, 1)),
-    "recommender": (recommender, recommender.Config(), 0),
-    "moe": (moe, moe.Config(), 0),
-}
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from plan_lines import line_of
+from verified_cases import CLUSTERS, MODELS, build
+
 STRATEGIES = ("auto", "data_parallel", "fsdp", "tensor_parallel", "fsdp+tensor_parallel")
-CLUSTERS = (
-    (ffjax.Cluster.named("h100"), {"x": 8}),
-    (ffjax.Cluster.named("h100"), {"x": 4, "y": 2}),
-    (ffjax.Cluster.named("h100", hosts=2), {"x": 2, "y": 8}),
-)
 
 
 def collective_bytes(checked: Verification) -> tuple[float, float]:
@@ -44,10 +38,12 @@ def ratio(planned: float, compiled: float) -> str:
 
 def main() -> None:
     rows, steps, peaks, bytes_, orders = [], [], [], [], []
-    for name, (module, config, donated) in MODELS.items():
-        step, args = module.make_train_step(config), module.example_args(config)
+    recorded: list[dict[str, object]] = []
+    for name in MODELS:
+        step, args, donated = build(name)
         program = trace_step(step, args, {}, donate_argnums=donated)
-        for cluster, mesh in CLUSTERS:
+        for hosts, mesh in CLUSTERS:
+            cluster = ffjax.Cluster.named("h100", hosts=hosts)
             devices = cluster.compile_only_devices()
             own: list[tuple[float, float]] = []
             for strategy in STRATEGIES:
@@ -61,6 +57,17 @@ def main() -> None:
                 steps.append(checked.planned_step_s / checked.compiled_step_s)
                 peaks.append(checked.planned_peak_bytes / checked.compiled_peak_bytes)
                 bytes_.append(1.0 if planned == compiled else planned / max(compiled, 1.0))
+                recorded.append(
+                    {
+                        "model": name,
+                        "hosts": hosts,
+                        "mesh": mesh,
+                        "strategy": strategy,
+                        "plan": line_of(plan.bound),
+                        "step_s": checked.compiled_step_s,
+                        "collective_bytes": compiled,
+                    }
+                )
                 differ = [
                     f"{c.kind} over {'*'.join(c.axes)} {c.planned_bytes:.3g} -> {c.compiled_bytes:.3g}"
                     for c in checked.collectives.comparisons
@@ -83,6 +90,11 @@ def main() -> None:
                 print(*rows[-1], sep=" | ", flush=True)
             best = min(range(len(own)), key=lambda i: own[i][0])
             orders.append(own[best][1] / min(c for _, c in own))
+
+    if "--record" in sys.argv:
+        path = Path(sys.argv[sys.argv.index("--record") + 1])
+        made = {"made by": "python benchmarks/verify.py --record", "cases": recorded}
+        path.write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")
 
     def within(values: list[float], share: float) -> str:
         return f"{np.mean(np.abs(np.array(values) - 1) <= share):.0%}"
