@@ -22,12 +22,12 @@ import numpy as np
 from tables import write
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from memory_cases import MODELS, Recorded, assignments_text, build, cases, layout_of, predictions  # noqa: E402
+from memory_cases import MODELS, Recorded, assignments_text, build, cases, layout_of, predictions
 
-import ffjax  # noqa: E402
-from ffjax.emit.hlo import peak_bytes  # noqa: E402
-from ffjax.emit.run import lower  # noqa: E402
-from ffjax.testing import fake_devices  # noqa: E402
+import ffjax
+from ffjax.emit.hlo import peak_bytes
+from ffjax.emit.run import lower
+from ffjax.testing import fake_devices
 
 CLUSTERS = {"cpu": "cpu", "gpu": "h100"}
 # What is compiled is the same; only the machine code is not optimised, which takes most of the time.

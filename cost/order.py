@@ -3,10 +3,12 @@
 XLA:GPU's latency-hiding scheduler (`xla/service/latency_hiding_scheduler.cc`) works from the end of a program to its
 start. An op that only just became possible would stall, so where something else waits that goes first; of what waits,
 what makes most other ops possible, then what is written last. Reductions are further results of the kernels that make
-what they reduce, the optimizer's updates wait for all sums over devices, which are few and large. Hence gradients of weights, which nothing on the way back
-waits for, run long after the activations that they read are made, and those stay in memory until then. XLA:CPU keeps
-nearly to the order of the program. The bodies of loops and branches are scheduled by themselves, each where its loop
-stands. Which collectives there are depends on the sharding and is not looked at.
+what they reduce, the optimizer's updates wait for all sums over devices, which are few and large. Hence gradients of
+weights, which nothing on the way back waits for, run long after the activations that they read are made, and those stay
+in memory until then. XLA:CPU keeps nearly to the order of the program. The bodies of loops and branches are scheduled
+by themselves, each where its loop stands. Which collectives there are depends on the sharding and is not looked at:
+where many are on the way back (tensor parallelism), gradients of weights run earlier than this says, while those are
+waited for.
 """
 
 from __future__ import annotations
@@ -89,34 +91,39 @@ def _schedule(
     # Arguments are there from the start, and so is what enters a body.
     borders = graph.scopes[span.scope].enter if span.scope else graph.arguments
     entering = {step_of[op] for op in borders}
-    makers: list[set[int]] = []
+    outside = entering | {-1}
+    makers: list[tuple[int, ...]] = []
     for index, ops in enumerate(steps):
-        read = {graph.values[v].producer for op in ops for v in graph.ops[op].operands if v != NO_VALUE}
-        makers.append({step_of[op] for op in read if op in step_of} - entering - {index})
-    runs = [
-        i not in entering and (len(ops) > 1 or (kernel[ops[0]] and not is_reduction(graph.ops[ops[0]])))
-        for i, ops in enumerate(steps)
-    ]
+        values = (v for op in ops for v in graph.ops[op].operands if v != NO_VALUE)
+        read = dict.fromkeys(step_of.get(graph.values[v].producer, -1) for v in values)
+        makers.append(tuple(m for m in read if m not in outside and m != index))
+    single = [graph.ops[ops[0]] if len(ops) == 1 else None for ops in steps]
+    reduces = [op is not None and is_reduction(op) for op in single]
+    runs = [i not in entering and (op is None or (kernel[op.id] and not reduces[i])) for i, op in enumerate(single)]
     # What is fused runs in the kernels that read it: those wait for what it reads.
+    nothing = frozenset[int]()
     reads: list[frozenset[int]] = []
-    for index in range(len(steps)):
-        reads.append(frozenset().union(*({m} if runs[m] else reads[m] for m in makers[index])))
-    late = _tail(graph, steps, makers)
-    order = _from_the_end([reads[i] if runs[i] else frozenset[int]() for i in range(len(steps))], runs, late)
-    eager = [len(ops) == 1 and is_reduction(graph.ops[ops[0]]) and bool(reads[i]) for i, ops in enumerate(steps)]
-    full = _with_fused(order, makers, runs, [reads[i] if e else frozenset() for i, e in enumerate(eager)])
-    return [op for step in [*sorted(entering), *full] for op in steps[step]]
+    own: list[frozenset[int]] = []  # what a step adds to those that read it
+    for index, made in enumerate(makers):
+        reads.append(own[made[0]] if len(made) == 1 else nothing.union(*(own[m] for m in made)))
+        own.append(frozenset((index,)) if runs[index] else reads[index])
+    order = _from_the_end(
+        [of if run else nothing for of, run in zip(reads, runs, strict=True)], runs, _tail(single, makers)
+    )
+    full = _with_fused(order, makers, runs, [of if r else nothing for of, r in zip(reads, reduces, strict=True)])
+    unread = sorted(set(range(len(steps))) - entering - set(full))
+    return [op for step in [*sorted(entering), *full, *unread] for op in steps[step]]
 
 
-def _tail(graph: Graph, steps: Sequence[list[int]], makers: Sequence[set[int]]) -> list[bool]:
+def _tail(single: Sequence[Op | None], makers: Sequence[tuple[int, ...]]) -> list[bool]:
     """For each step whether after it, too, all is elementwise: the optimizer's updates.
 
     What they read has been summed over devices in few large collectives; all of them wait for those.
     """
-    late = [True] * len(steps)
-    for index in range(len(steps) - 1, -1, -1):
-        op = graph.ops[steps[index][0]]
-        late[index] &= len(steps[index]) == 1 and (is_light(op) or not op.results)
+    late = [True] * len(single)
+    for index in range(len(single) - 1, -1, -1):
+        op = single[index]
+        late[index] = late[index] and op is not None and (not op.results or is_light(op))
         if not late[index]:
             for maker in makers[index]:
                 late[maker] = False
@@ -174,7 +181,7 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
 
 
 def _with_fused(
-    order: Sequence[int], makers: Sequence[set[int]], runs: Sequence[bool], eager: Sequence[frozenset[int]]
+    order: Sequence[int], makers: Sequence[tuple[int, ...]], runs: Sequence[bool], eager: Sequence[frozenset[int]]
 ) -> list[int]:
     """The kernels with each fused step right before the first kernel that reads it.
 

@@ -1,7 +1,7 @@
 """The cases of the memory benchmark and of its gate, and what was compiled of them.
 
-`benchmarks/memory.py --record tests/data/memory_compiled.json` writes the file; `predictions` reads it and predicts each
-case again, on the plan that was compiled, without compiling or searching.
+`benchmarks/memory.py --record tests/data/memory_compiled.json` writes the file; `predictions` predicts each of its
+cases again, on the plan that was compiled, without compiling or searching.
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ class Recorded:
 
     def write(self, path: Path, platform: Platform) -> None:
         everything = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        everything["made by"] = "python benchmarks/memory.py --platform PLATFORM --record tests/data/memory_compiled.json"
+        everything["made by"] = (
+            "python benchmarks/memory.py --platform PLATFORM --record tests/data/memory_compiled.json"
+        )
         everything[platform] = dataclasses.asdict(self)
         path.write_text(json.dumps(everything, indent=0) + "\n", encoding="utf-8")
 
