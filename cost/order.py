@@ -36,21 +36,24 @@ def from_the_end(graph: Graph, in_memory: Sequence[bool]) -> NDArray[np.int64]:
       graph: the program.
       in_memory: for each value whether a kernel leaves it there; an op that makes no such value runs in its readers'.
     """
-    inside: dict[int, dict[int, list[_Span]]] = {}
+    inside: dict[tuple[int, int], list[_Span]] = {}
     spans = scope_spans(graph)
     for scopes in graph.scopes_of.values():
-        bodies = [_Span(*spans[s], s) for s in scopes if spans[s][1] >= 0 and graph.scopes[s].kind != "remat"]
+        kind = graph.scopes[scopes[0]].kind
+        bodies = [_Span(*spans[s], (s,)) for s in scopes if spans[s][1] >= 0 and kind != "remat"]
+        if bodies and kind.startswith("while"):  # what enters its test and its body comes before both
+            bodies = [_Span(min(b.first for b in bodies), max(b.last for b in bodies), tuple(scopes))]
+        outer = graph.scopes[scopes[0]].parent
+        while graph.scopes[outer].kind == "remat":  # what is recomputed becomes part of what it stands in
+            outer = graph.scopes[outer].parent
         if bodies:
-            outer = graph.scopes[scopes[0]].parent
-            while graph.scopes[outer].kind == "remat":  # what is recomputed becomes part of what it stands in
-                outer = graph.scopes[outer].parent
-            inside.setdefault(outer, {})[bodies[0].first] = bodies
+            inside[outer, bodies[0].first] = bodies
     kernel = [
         not op.results
         or (not _crosses_remat(graph, op) and any(in_memory[v] or not graph.values[v].shape for v in op.results))
         for op in graph.ops
     ]
-    order = _schedule(graph, kernel, inside, _Span(0, len(graph.ops) - 1, 0))
+    order = _schedule(graph, kernel, inside, _Span(0, len(graph.ops) - 1, (0,)))
     when = np.empty(len(graph.ops), dtype=np.int64)
     when[order] = np.arange(len(graph.ops))
     return when
@@ -72,25 +75,25 @@ class _Span:
 
     first: int
     last: int
-    scope: int
+    scopes: tuple[int, ...]
 
 
 def _schedule(
-    graph: Graph, kernel: Sequence[bool], inside: dict[int, dict[int, list[_Span]]], span: _Span
+    graph: Graph, kernel: Sequence[bool], inside: dict[tuple[int, int], list[_Span]], span: _Span
 ) -> list[int]:
     """The ops of one body in the order in which they run. A loop inside it is one step; what enters comes first."""
+    # Arguments are there from the start, and so is what enters a body.
+    border = set(graph.arguments if span.scopes == (0,) else (op for s in span.scopes for op in graph.scopes[s].enter))
     steps: list[list[int]] = []
     step_of: dict[int, int] = {}
     at = span.first
     while at <= span.last:
-        bodies = inside.get(span.scope, {}).get(at, [])
+        bodies = next((inside[s, at] for s in span.scopes if (s, at) in inside), [])
         ops = [op for body in bodies for op in _schedule(graph, kernel, inside, body)] or [at]
         step_of.update(dict.fromkeys(ops, len(steps)))
         steps.append(ops)
         at += len(ops)
-    # Arguments are there from the start, and so is what enters a body.
-    borders = graph.scopes[span.scope].enter if span.scope else graph.arguments
-    entering = {step_of[op] for op in borders}
+    entering = {step_of[op] for op in border}
     outside = entering | {-1}
     makers: list[tuple[int, ...]] = []
     for index, ops in enumerate(steps):
