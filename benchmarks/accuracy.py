@@ -179,8 +179,8 @@ def main() -> None:
         "Predicted and measured step times on eight fake CPU devices",
         [
             "Plans of every strategy and mesh, each compiled once, all run in turn; the median of "
-            f"{ROUNDS} runs. The quartiles of a plan's runs lie {np.median(spread):.0%} of its median apart (median over "
-            "plans): how steady this machine is.",
+            f"{ROUNDS} runs. The quartiles of a plan's runs lie {np.median(spread):.0%} of its median apart (median "
+            "over plans): how steady this machine is.",
             "Errors are relative. The last column is the rank correlation among the plans of one model (median over "
             f"models): what the search needs. The profile has {len(measured.profile.samples)} samples in "
             f"{PROFILE_S:.0f} s ({left} ops left out).",

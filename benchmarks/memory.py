@@ -22,7 +22,8 @@ import numpy as np
 from tables import write
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from memory_cases import MODELS, Recorded, assignments_text, build, cases, layout_of, predictions
+from memory_cases import MODELS, Recorded, build, cases, plan_of, predictions
+from plan_lines import line_of
 
 import ffjax
 from ffjax.cost.hlo.collectives import peak_bytes
@@ -49,8 +50,8 @@ def compile_missing(recorded: Recorded, platform: str, names: list[str], keep: P
             plan = ffjax.plan(
                 step, *args, cluster=cluster, mesh=case.mesh, strategy=case.strategy, donate_argnums=donate
             )
-            recorded.plans[case.plan] = assignments_text(plan.bound)
-        layout = layout_of(case, recorded.plans[case.plan])
+            recorded.plans[case.plan] = line_of(plan.bound)
+        layout = plan_of(case, recorded.plans[case.plan])
         compiled = peak_bytes(lower(layout, devices).compile(compiler_options=QUICKLY))
         recorded.compiled(case)[case.plan] = compiled
         if keep is not None:

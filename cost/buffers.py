@@ -6,8 +6,10 @@ than compute again, and in what they compute as they read it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ffjax.cost.compilers import Compiler
-from ffjax.cost.kernels import fusible, materialised
+from ffjax.cost.kernels import fusible_ops, materialised
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.op_kinds import is_reduction
 
@@ -20,8 +22,19 @@ _COMPARISONS = frozenset(["gt", "ge", "lt", "le", "eq", "ne"])
 """Masks are computed again from what they mask."""
 
 
-def buffered(graph: Graph, compiler: Compiler) -> list[bool]:
-    """For each value whether it is in memory: what `materialised` says, as far as this compiler fuses so."""
+def mapping_ops(graph: Graph) -> list[bool]:
+    """For each op whether it only maps elements, so that kernels that read its results can do it as well."""
+    return [fused and not is_reduction(op) for fused, op in zip(fusible_ops(graph), graph.ops, strict=True)]
+
+
+def buffered(graph: Graph, compiler: Compiler, maps: Sequence[bool]) -> list[bool]:
+    """For each value whether it is in memory: what `materialised` says, as far as this compiler fuses so.
+
+    Args:
+      graph: the program.
+      compiler: what compiles it.
+      maps: `mapping_ops` of the program.
+    """
     in_memory = materialised(graph)
     readers: list[list[int]] = [[] for _ in graph.values]
     for op in graph.ops:
@@ -33,19 +46,19 @@ def buffered(graph: Graph, compiler: Compiler) -> list[bool]:
             if op.kind == "transpose":
                 in_memory[op.results[0]] = True
     if compiler.keeps_shared:
-        _keep_shared(graph, in_memory, readers)
+        _keep_shared(graph, in_memory, readers, maps)
     if compiler.fuses_into_dots:
-        _fuse_into_dots(graph, in_memory, readers)
+        _fuse_into_dots(graph, in_memory, readers, maps)
     if compiler.keeps_expensive:
-        _keep_expensive(graph, in_memory, readers)
+        _keep_expensive(graph, in_memory, readers, maps)
     return in_memory
 
 
-def _keep_shared(graph: Graph, in_memory: list[bool], readers: list[list[int]]) -> None:
+def _keep_shared(graph: Graph, in_memory: list[bool], readers: list[list[int]], maps: Sequence[bool]) -> None:
     """Puts into memory what more than one kernel reads."""
     kernel = [-1] * len(graph.values)  # the only kernel that a fused value is part of
     for op in reversed(graph.ops):
-        if not op.results or not fusible(op):
+        if not op.results or not (maps[op.id] or is_reduction(op)):
             continue
         for value in op.results:
             reading = set()
@@ -53,43 +66,44 @@ def _keep_shared(graph: Graph, in_memory: list[bool], readers: list[list[int]]) 
                 if graph.ops[reader].kind in _COMPARISONS:
                     continue
                 inside = [v for v in graph.ops[reader].results if not in_memory[v]]
-                fused = fusible(graph.ops[reader]) and not is_reduction(graph.ops[reader]) and inside
+                fused = maps[reader] and inside
                 reading.add(kernel[inside[0]] if fused else reader)
             if len(reading) > 1 and not graph.values[value].constant:
                 in_memory[value] = True
             kernel[value] = min(reading, default=op.id)
 
 
-def _fuse_into_dots(graph: Graph, in_memory: list[bool], readers: list[list[int]]) -> None:
+def _fuse_into_dots(graph: Graph, in_memory: list[bool], readers: list[list[int]], maps: Sequence[bool]) -> None:
     """Takes out of memory what dots compute from one array as they read it (a rectifier, a mask, a conversion)."""
     sources: list[frozenset[int] | None] = [None] * len(graph.values)
     for op in graph.ops:
-        inside = fusible(op) and not is_reduction(op) and op.kind not in _EXPENSIVE and op.kind != "exp"
-        for value in op.results:
-            if not inside:
+        if not maps[op.id] or op.kind in _EXPENSIVE or op.kind == "exp":
+            continue
+        made_of: frozenset[int] | None = frozenset()
+        for operand in op.operands:
+            if operand == NO_VALUE or graph.values[operand].constant:
                 continue
-            made_of: frozenset[int] | None = frozenset()
-            for operand in op.operands:
-                if operand == NO_VALUE or graph.values[operand].constant:
-                    continue
-                inner = frozenset([operand]) if in_memory[operand] else sources[operand]
-                made_of = None if inner is None or made_of is None else made_of | inner
-            sources[value] = made_of if made_of is not None and len(made_of) <= _CHEAP_PROLOGUE else None
-            kinds = {graph.ops[r].kind for r in readers[value] if not fusible(graph.ops[r])}
-            if in_memory[value] and sources[value] and kinds == {"dot_general"}:
-                in_memory[value] = False
+            inner = frozenset([operand]) if in_memory[operand] else sources[operand]
+            made_of = None if inner is None or made_of is None else made_of | inner
+        if not made_of or len(made_of) > _CHEAP_PROLOGUE:
+            continue
+        for value in op.results:
+            sources[value] = made_of
+            if in_memory[value]:
+                kinds = {graph.ops[r].kind for r in readers[value] if not (maps[r] or is_reduction(graph.ops[r]))}
+                in_memory[value] = kinds != {"dot_general"}
 
 
-def _keep_expensive(graph: Graph, in_memory: list[bool], readers: list[list[int]]) -> None:
+def _keep_expensive(graph: Graph, in_memory: list[bool], readers: list[list[int]], maps: Sequence[bool]) -> None:
     """Puts into memory a transcendental that several kernels read, one of them next to a reduction.
 
-    A kernel that only maps elements computes it again; one that also reduces (a bias's gradient) is given no more to do.
+    A kernel that only maps elements computes it again; one that also reduces (a bias's gradient) gets no more to do.
     """
     # For each value the kernels that read it.
     kernels: list[frozenset[int]] = [frozenset()] * len(graph.values)
     for op in reversed(graph.ops):
         own = frozenset([op.id])
-        fused = fusible(op) and not is_reduction(op) and not any(in_memory[v] for v in op.results)
+        fused = maps[op.id] and not any(in_memory[v] for v in op.results)
         reading = frozenset[int]().union(*(kernels[v] for v in op.results)) if fused else own
         if op.kind in _EXPENSIVE and len(reading) > 1 and any(_reduces(graph, k, readers) for k in reading):
             for value in op.results:

@@ -183,15 +183,28 @@ def fusible(op: Op) -> bool:
     return op.kind not in _BORDERS and (is_light(op) or is_reduction(op) or op.kind in _LAYOUT or op.kind in _FREE)
 
 
-def materialised(graph: Graph) -> list[bool]:
-    """For each value whether it is in memory rather than inside a fusion."""
+def fusible_ops(graph: Graph) -> list[bool]:
+    """For each op whether XLA puts it inside a fusion. Equal equations share a rule, so few are looked at."""
+    known: dict[tuple[str, int], bool] = {}
+    found = []
+    for op in graph.ops:
+        key = (op.kind, id(op.rule))
+        if key not in known:
+            known[key] = fusible(op)
+        found.append(known[key])
+    return found
+
+
+def materialised(graph: Graph, fused: Sequence[bool] | None = None) -> list[bool]:
+    """For each value whether it is in memory rather than inside a fusion. `fused`: `fusible_ops`, if they are known."""
+    fused = fusible_ops(graph) if fused is None else fused
     in_memory = [False] * len(graph.values)
     for op in graph.ops:
-        inside = fusible(op) and not is_reduction(op)
+        inside = fused[op.id] and not is_reduction(op)
         for value in op.results:
             in_memory[value] |= not inside
     for op in reversed(graph.ops):
-        if fusible(op):
+        if fused[op.id]:
             if op.kind in _LAYOUT | _FREE and any(in_memory[v] for v in op.results):
                 # A layout change is part of the kernel that reads it: what it reads is in memory in its stead.
                 for value in op.operands:

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.buffers import buffered
+from ffjax.cost.buffers import buffered, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
-from ffjax.cost.kernels import fusible
 from ffjax.cost.merged_remat import merge_remat
 from ffjax.cost.order import as_written, from_the_end, scope_spans
 from ffjax.ir.graph import NO_VALUE, Graph
-from ffjax.ir.op_kinds import is_reduction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,25 +90,28 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
     end = len(graph.ops)
     if compiler.merges_remat:
         graph = merge_remat(graph)
-    in_memory = buffered(graph, compiler)
-    when = from_the_end(graph, in_memory) if compiler.runs_late else as_written(graph)
-    loop_end = [int(when[first : last + 1].max(initial=-1)) for first, last in scope_spans(graph)]
-    loop_start = [int(when[first : last + 1].min(initial=end)) for first, last in scope_spans(graph)]
+    maps = mapping_ops(graph)
+    in_memory = buffered(graph, compiler, maps)
+    runs = from_the_end(graph, in_memory) if compiler.runs_late else as_written(graph)
+    spans = scope_spans(graph)
+    loop_end = [int(runs[first : last + 1].max(initial=-1)) for first, last in spans]
+    loop_start = [int(runs[first : last + 1].min(initial=end)) for first, last in spans]
     carries = _carries(graph)
-    first = when[np.array([v.producer for v in graph.values], dtype=np.int64)]
+    when: list[int] = runs.tolist()
+    first = [when[v.producer] for v in graph.values]
     last = first.copy()
     stays = [False] * len(graph.values)
     untils = when.copy()
     replacing = {graph.outputs[r] for _, r in _replacing(graph)}
     # Backwards, so that what a fused value reads inherits the ops that read the fused value.
     for op in reversed(graph.ops):
-        until = int(when[op.id])
-        if fusible(op) and not is_reduction(op):
-            until = max([until, *(int(last[v]) for v in op.results if not in_memory[v])])
+        until = when[op.id]
+        if maps[op.id]:
+            until = max([until, *(last[v] for v in op.results if not in_memory[v])])
         if op.kind == "enter" and op.id not in carries:
             # What a body only reads is the outer array itself, for as long as the loop runs.
             inner = graph.values[op.results[0]].scope
-            until = max(until, int(last[op.results[0]])) if graph.scopes[inner].kind == "remat" else loop_end[inner]
+            until = max(until, last[op.results[0]]) if graph.scopes[inner].kind == "remat" else loop_end[inner]
         if op.kind == "result" and op.id not in replacing:
             until = end
         untils[op.id] = until
@@ -152,10 +153,10 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
     return Lifetimes(
         graph=graph,
         compiler=compiler,
-        when=when,
-        until=untils,
-        first=first,
-        last=last,
+        when=runs,
+        until=np.array(untils, dtype=np.int64),
+        first=np.array(first, dtype=np.int64),
+        last=np.array(last, dtype=np.int64),
         new_results=np.array(new_results, dtype=np.int64),
     )
 

@@ -3,10 +3,12 @@
 XLA:GPU's latency-hiding scheduler (`xla/service/latency_hiding_scheduler.cc`) works from the end of a program to its
 start. An op that only just became possible would stall, so where something else waits that goes first; of what waits,
 what makes most other ops possible, then what is written last. Reductions are further results of the kernels that make
-what they reduce, the optimizer's updates wait for all sums over devices, which are few and large. Hence gradients of weights, which nothing on the way back
-waits for, run long after the activations that they read are made, and those stay in memory until then. XLA:CPU keeps
-nearly to the order of the program. The bodies of loops and branches are scheduled by themselves, each where its loop
-stands. Which collectives there are depends on the sharding and is not looked at.
+what they reduce, the optimizer's updates wait for all sums over devices, which are few and large. Hence gradients of
+weights, which nothing on the way back waits for, run long after the activations that they read are made, and those stay
+in memory until then. XLA:CPU keeps nearly to the order of the program. The bodies of loops and branches are scheduled
+by themselves, each where its loop stands. Which collectives there are depends on the sharding and is not looked at:
+where many are on the way back (tensor parallelism), gradients of weights run earlier than this says, while those are
+waited for.
 """
 
 from __future__ import annotations
@@ -34,21 +36,24 @@ def from_the_end(graph: Graph, in_memory: Sequence[bool]) -> NDArray[np.int64]:
       graph: the program.
       in_memory: for each value whether a kernel leaves it there; an op that makes no such value runs in its readers'.
     """
-    inside: dict[int, dict[int, list[_Span]]] = {}
+    inside: dict[tuple[int, int], list[_Span]] = {}
     spans = scope_spans(graph)
     for scopes in graph.scopes_of.values():
-        bodies = [_Span(*spans[s], s) for s in scopes if spans[s][1] >= 0 and graph.scopes[s].kind != "remat"]
+        kind = graph.scopes[scopes[0]].kind
+        bodies = [_Span(*spans[s], (s,)) for s in scopes if spans[s][1] >= 0 and kind != "remat"]
+        if bodies and kind.startswith("while"):  # what enters its test and its body comes before both
+            bodies = [_Span(min(b.first for b in bodies), max(b.last for b in bodies), tuple(scopes))]
+        outer = graph.scopes[scopes[0]].parent
+        while graph.scopes[outer].kind == "remat":  # what is recomputed becomes part of what it stands in
+            outer = graph.scopes[outer].parent
         if bodies:
-            outer = graph.scopes[scopes[0]].parent
-            while graph.scopes[outer].kind == "remat":  # what is recomputed becomes part of what it stands in
-                outer = graph.scopes[outer].parent
-            inside.setdefault(outer, {})[bodies[0].first] = bodies
+            inside[outer, bodies[0].first] = bodies
     kernel = [
         not op.results
         or (not _crosses_remat(graph, op) and any(in_memory[v] or not graph.values[v].shape for v in op.results))
         for op in graph.ops
     ]
-    order = _schedule(graph, kernel, inside, _Span(0, len(graph.ops) - 1, 0))
+    order = _schedule(graph, kernel, inside, _Span(0, len(graph.ops) - 1, (0,)))
     when = np.empty(len(graph.ops), dtype=np.int64)
     when[order] = np.arange(len(graph.ops))
     return when
@@ -70,53 +75,58 @@ class _Span:
 
     first: int
     last: int
-    scope: int
+    scopes: tuple[int, ...]
 
 
 def _schedule(
-    graph: Graph, kernel: Sequence[bool], inside: dict[int, dict[int, list[_Span]]], span: _Span
+    graph: Graph, kernel: Sequence[bool], inside: dict[tuple[int, int], list[_Span]], span: _Span
 ) -> list[int]:
     """The ops of one body in the order in which they run. A loop inside it is one step; what enters comes first."""
+    # Arguments are there from the start, and so is what enters a body.
+    border = set(graph.arguments if span.scopes == (0,) else (op for s in span.scopes for op in graph.scopes[s].enter))
     steps: list[list[int]] = []
     step_of: dict[int, int] = {}
     at = span.first
     while at <= span.last:
-        bodies = inside.get(span.scope, {}).get(at, [])
+        bodies = next((inside[s, at] for s in span.scopes if (s, at) in inside), [])
         ops = [op for body in bodies for op in _schedule(graph, kernel, inside, body)] or [at]
         step_of.update(dict.fromkeys(ops, len(steps)))
         steps.append(ops)
         at += len(ops)
-    # Arguments are there from the start, and so is what enters a body.
-    borders = graph.scopes[span.scope].enter if span.scope else graph.arguments
-    entering = {step_of[op] for op in borders}
-    makers: list[set[int]] = []
+    entering = {step_of[op] for op in border}
+    outside = entering | {-1}
+    makers: list[tuple[int, ...]] = []
     for index, ops in enumerate(steps):
-        read = {graph.values[v].producer for op in ops for v in graph.ops[op].operands if v != NO_VALUE}
-        makers.append({step_of[op] for op in read if op in step_of} - entering - {index})
-    runs = [
-        i not in entering and (len(ops) > 1 or (kernel[ops[0]] and not is_reduction(graph.ops[ops[0]])))
-        for i, ops in enumerate(steps)
-    ]
+        values = (v for op in ops for v in graph.ops[op].operands if v != NO_VALUE)
+        read = dict.fromkeys(step_of.get(graph.values[v].producer, -1) for v in values)
+        makers.append(tuple(m for m in read if m not in outside and m != index))
+    single = [graph.ops[ops[0]] if len(ops) == 1 else None for ops in steps]
+    reduces = [op is not None and is_reduction(op) for op in single]
+    runs = [i not in entering and (op is None or (kernel[op.id] and not reduces[i])) for i, op in enumerate(single)]
     # What is fused runs in the kernels that read it: those wait for what it reads.
+    nothing = frozenset[int]()
     reads: list[frozenset[int]] = []
-    for index in range(len(steps)):
-        reads.append(frozenset().union(*({m} if runs[m] else reads[m] for m in makers[index])))
-    late = _tail(graph, steps, makers)
-    order = _from_the_end([reads[i] if runs[i] else frozenset[int]() for i in range(len(steps))], runs, late)
-    eager = [len(ops) == 1 and is_reduction(graph.ops[ops[0]]) and bool(reads[i]) for i, ops in enumerate(steps)]
-    full = _with_fused(order, makers, runs, [reads[i] if e else frozenset() for i, e in enumerate(eager)])
-    return [op for step in [*sorted(entering), *full] for op in steps[step]]
+    own: list[frozenset[int]] = []  # what a step adds to those that read it
+    for index, made in enumerate(makers):
+        reads.append(own[made[0]] if len(made) == 1 else nothing.union(*(own[m] for m in made)))
+        own.append(frozenset((index,)) if runs[index] else reads[index])
+    order = _from_the_end(
+        [of if run else nothing for of, run in zip(reads, runs, strict=True)], runs, _tail(single, makers)
+    )
+    full = _with_fused(order, makers, runs, [of if r else nothing for of, r in zip(reads, reduces, strict=True)])
+    unread = sorted(set(range(len(steps))) - entering - set(full))
+    return [op for step in [*sorted(entering), *full, *unread] for op in steps[step]]
 
 
-def _tail(graph: Graph, steps: Sequence[list[int]], makers: Sequence[set[int]]) -> list[bool]:
+def _tail(single: Sequence[Op | None], makers: Sequence[tuple[int, ...]]) -> list[bool]:
     """For each step whether after it, too, all is elementwise: the optimizer's updates.
 
     What they read has been summed over devices in few large collectives; all of them wait for those.
     """
-    late = [True] * len(steps)
-    for index in range(len(steps) - 1, -1, -1):
-        op = graph.ops[steps[index][0]]
-        late[index] &= len(steps[index]) == 1 and (is_light(op) or not op.results)
+    late = [True] * len(single)
+    for index in range(len(single) - 1, -1, -1):
+        op = single[index]
+        late[index] = late[index] and op is not None and (not op.results or is_light(op))
         if not late[index]:
             for maker in makers[index]:
                 late[maker] = False
@@ -174,7 +184,7 @@ def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: S
 
 
 def _with_fused(
-    order: Sequence[int], makers: Sequence[set[int]], runs: Sequence[bool], eager: Sequence[frozenset[int]]
+    order: Sequence[int], makers: Sequence[tuple[int, ...]], runs: Sequence[bool], eager: Sequence[frozenset[int]]
 ) -> list[int]:
     """The kernels with each fused step right before the first kernel that reads it.
 

@@ -1,7 +1,7 @@
 """The cases of the memory benchmark and of its gate, and what was compiled of them.
 
-`benchmarks/memory.py --record tests/data/memory_compiled.json` writes the file; `predictions` reads it and predicts each
-case again, on the plan that was compiled, without compiling or searching.
+`benchmarks/memory.py --record tests/data/memory_compiled.json` writes the file; `predictions` predicts each of its
+cases again, on the plan that was compiled, without compiling or searching.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from plan_lines import layout_of
+
 from ffjax.cost.cluster import Platform
 from ffjax.cost.compilers import compiler_of
 from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.memory import MemoryModel
-from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions, find_regions
-from ffjax.ir.spec import MeshShape
 from ffjax.planner import trace_step
-from ffjax.strategies.families import family_keys, members
+from ffjax.strategies.families import family_keys
 
 RECORDED = Path(__file__).parent / "data" / "memory_compiled.json"
 MESHES = ({"x": 8}, {"x": 4, "y": 2})
@@ -124,34 +124,9 @@ def memory_model(model: str, donated: bool, platform: Platform) -> MemoryModel:
     return MemoryModel(regions, lifetimes(regions.graph, compiler_of(platform)), keys_of(model))
 
 
-def assignments_text(layout: Layout) -> str:
-    """A plan in a line: for each family, in order, the atom of each mesh axis, and where sums are scattered."""
-
-    def text(a: Assignment) -> str:
-        return ",".join(
-            "" if atom == UNUSED else f"{atom}" if to == UNUSED else f"{atom}>{to}"
-            for atom, to in zip(a.atoms, a.scatter, strict=True)
-        )
-
-    families = members(family_keys(layout.regions))
-    return " ".join(text(layout.assignments[regions[0]]) or "-" for regions in families.values())
-
-
-def layout_of(case: Case, text: str) -> Layout:
-    """The plan of a line, on its program; raises ValueError if the program has other families."""
-    regions = regions_of(case.model, case.donated)
-    families = members(keys_of(case.model))
-    nothing = Assignment((UNUSED,) * len(case.mesh), (UNUSED,) * len(case.mesh))
-    chosen = [nothing] * len(regions.regions)
-    for entry, family in zip(text.split(" "), families.values(), strict=True):
-        if entry == "-":
-            continue
-        parts = [p.partition(">") for p in entry.split(",")]
-        atoms, scatter = ([int(p[i]) if p[i] else UNUSED for p in parts] for i in (0, 2))
-        for region in family:
-            chosen[region] = Assignment(tuple(atoms), tuple(scatter))
-    mesh = MeshShape(tuple(case.mesh), tuple(case.mesh.values()))
-    return Layout(regions=regions, mesh=mesh, assignments=chosen, axis_prices=(1.0,) * len(case.mesh))
+def plan_of(case: Case, line: str) -> Layout:
+    """The recorded plan of a case, on its program."""
+    return layout_of(line, regions_of(case.model, case.donated), keys_of(case.model), case.mesh)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -185,5 +160,5 @@ def predictions(recorded: Recorded, platform: Platform) -> Iterator[tuple[Case, 
     for case in cases(list(MODELS)):
         if case.plan in recorded.compiled(case):
             model = memory_model(case.model, case.donated, platform)
-            predicted = model.peak(layout_of(case, recorded.plans[case.plan])).bytes
+            predicted = model.peak(plan_of(case, recorded.plans[case.plan])).bytes
             yield case, predicted, recorded.compiled(case)[case.plan]

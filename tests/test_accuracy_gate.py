@@ -62,8 +62,8 @@ def test_recorded_steps_and_collectives() -> None:
     rank = spearmanr([ours for ours, _ in found], [case["step_s"] for case in cases])[0]
     within = [float(np.mean(abs(steps - 1) <= share)) for share in (0.1, 0.25)]
     said = (
-        f"steps: {within[0]:.3f} within 10%, {within[1]:.3f} within 25%, median {np.median(steps):.3f}, rank {rank:.3f};"
-        f" bytes: {np.mean(abs(bytes_ - 1) <= 0.05):.3f} within 5%"
+        f"steps: {within[0]:.3f} within 10%, {within[1]:.3f} within 25%, median {np.median(steps):.3f}, "
+        f"rank {rank:.3f}; bytes: {np.mean(abs(bytes_ - 1) <= 0.05):.3f} within 5%"
     )
     assert within[0] >= WITHIN_10, said
     assert within[1] >= WITHIN_25, said

@@ -161,11 +161,11 @@ def recount(layout: Layout, times: Lifetimes) -> float:
     for (value, spec, _), (first, _) in reads.items():
         if not is_slice(layout.home(value), spec):
             last[value] = max(last[value], first)
-    for (value, spec, _), (first, until) in reads.items():
-        home = layout.home(value)
-        if is_slice(home, spec):
-            first = min(first, last[value] + 1) if times.first[value] <= times.last[value] else first
-        elif compiler.copies_gathered and any(t[: len(s)] != s for s, t in zip(home[1:], spec[1:], strict=True)):
+    for (value, spec, _), (needed, until) in reads.items():
+        home, first = layout.home(value), needed
+        if is_slice(home, spec) and times.first[value] <= times.last[value]:
+            first = min(needed, last[value] + 1)
+        elif not is_slice(home, spec) and compiler.copies_gathered and _inside(home, spec):
             hold(value, spec, first, first)
         hold(value, spec, first, until)
     flushed = times.flushed(possible_sums(layout.regions), mesh.devices)
@@ -182,6 +182,10 @@ def recount(layout: Layout, times: Lifetimes) -> float:
         if times.first[value.id] <= times.last[value.id]:
             hold(value.id, layout.home(value.id), int(times.first[value.id]), last[value.id])
     return float(live.max())
+
+
+def _inside(home: Spec, spec: Spec) -> bool:
+    return any(t[: len(s)] != s for s, t in zip(home[1:], spec[1:], strict=True))
 
 
 def random_step(picks: Sequence[tuple[int, int, int]]) -> Callable[..., Any]:
@@ -213,7 +217,7 @@ def problem_of(regions: Regions, mesh: MeshShape) -> Problem:
     return build_problem(regions, keys, by_family(kernels(regions), keys), model)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     picks=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7),
     mesh=st.sampled_from([MeshShape(("x",), (4,)), MeshShape(("x", "y"), (2, 2))]),
@@ -245,29 +249,23 @@ def test_peaks_and_instants_agree_with_a_recount(
         assert total >= found.bytes * (1 - 1e-9)
 
 
-COMPILED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gpt": ("gpt", {}, "data_parallel"),
-    "gpt, scanned": ("gpt", {"scan_layers": True}, "fsdp"),
-    "gpt, scanned, remat": ("gpt", {"scan_layers": True, "remat": True}, "fsdp"),
-    "convnet": ("convnet", {}, "fsdp"),
-    "recommender": ("recommender", {}, "tensor_parallel"),
-    "moe": ("moe", {}, "auto"),
+COMPILED: dict[str, tuple[str, dict[str, Any], str, bool]] = {
+    "gpt": ("gpt", {}, "data_parallel", True),
+    "gpt, scanned, remat, kept": ("gpt", {"scan_layers": True, "remat": True}, "fsdp", False),
+    "recommender": ("recommender", {}, "tensor_parallel", True),
+    "moe": ("moe", {}, "auto", True),
 }
-KEPT = ["gpt, scanned"]
-"""Those that are also compiled without donation."""
 
 
-@pytest.mark.parametrize(
-    ("name", "donated"), [(name, True) for name in COMPILED] + [(name, False) for name in KEPT], ids=str
-)
-def test_near_the_compilers_figure(name: str, donated: bool) -> None:
-    """Within a factor of 1.5 on the CPU, whose compiler all-reduces out of place and makes no reduce-scatter."""
-    example, options, strategy = COMPILED[name]
+@pytest.mark.parametrize("name", COMPILED)
+def test_near_the_compilers_figure(name: str) -> None:
+    """Within a quarter even of small shapes, as the CPU compiles them; `test_memory_gate.py` has large ones."""
+    example, options, strategy, donated = COMPILED[name]
     module = importlib.import_module(f"ffjax.examples.{example}")
     config = dataclasses.replace(module.Config.tiny(), **options)
-    donate = () if not donated else (0, 1) if example == "convnet" else 0
     step, args = module.make_train_step(config), module.example_args(config)
-    plan = ffjax.plan(step, *args, mesh={"x": 8}, strategy=strategy, donate_argnums=donate)
-    compiled = peak_bytes(plan.lower(jax.devices()).compile())
+    plan = ffjax.plan(step, *args, mesh={"x": 8}, strategy=strategy, donate_argnums=0 if donated else ())
+    quickly: dict[str, bool | str] = {"xla_llvm_disable_expensive_passes": True}
+    compiled = peak_bytes(plan.lower(jax.devices()).compile(compiler_options=quickly))
     ratio = plan.estimate.peak_bytes / compiled
-    assert 1 / 1.5 <= ratio <= 1.5, f"model {plan.estimate.peak_bytes:,.0f}, compiler {compiled:,.0f}: {ratio:.2f}"
+    assert 1 / 1.25 <= ratio <= 1.25, f"model {plan.estimate.peak_bytes:,.0f}, compiler {compiled:,.0f}: {ratio:.2f}"
