@@ -96,8 +96,15 @@ def cases(name: str, module: Any, config: Any) -> list[Case]:
 
 def _case(name: str, strategy: str, plan: ffjax.Plan) -> Case:
     layout = plan.bound
-    compiled = plan.lower(jax.devices()).compile()
-    shardings = in_shardings(layout, device_mesh(layout.mesh, jax.devices()))
+    own, run = kernels(layout.regions), place(plan, jax.devices())
+    return Case(model=name, strategy=strategy, layout=layout, kernels=own, work=work(layout, own), run=run)
+
+
+def place(plan: ffjax.Plan, devices: Sequence[jax.Device]) -> Callable[[], Any]:
+    """The plan compiled, warm, with its arguments in place: each call runs a step and waits for it."""
+    layout = plan.bound
+    compiled = plan.lower(devices).compile()
+    shardings = in_shardings(layout, device_mesh(layout.mesh, devices))
     avals = [v.aval for v in layout.graph.program.jaxpr.invars]
     placed = [jax.device_put(_filled(a), s) for a, s in zip(avals, shardings, strict=True)]
 
@@ -105,8 +112,7 @@ def _case(name: str, strategy: str, plan: ffjax.Plan) -> Case:
         return jax.block_until_ready(compiled(*placed))
 
     run()
-    own = kernels(layout.regions)
-    return Case(model=name, strategy=strategy, layout=layout, kernels=own, work=work(layout, own), run=run)
+    return run
 
 
 def _filled(aval: Any) -> Any:
