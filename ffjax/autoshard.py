@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -25,7 +26,7 @@ from ffjax.fingerprint import program_fingerprint
 from ffjax.inputs import argnums, cluster_of
 from ffjax.ir.trace import Program, function_name
 from ffjax.plan import Plan
-from ffjax.planner import bind_program, plan_program, trace_call
+from ffjax.planner import NEVER, bind_program, plan_program, trace_call
 from ffjax.strategies.search import AUTO, Progress
 
 
@@ -38,6 +39,7 @@ class Options:
     strategy: str
     mesh: Mapping[str, int] | None
     pins: Mapping[str, PartitionSpec] | None
+    verify: str
     plan: Plan | None
     cache: str | os.PathLike[str] | None
     static_argnums: int | Sequence[int]
@@ -222,13 +224,15 @@ class Sharded:
                 strategy=options.strategy,
                 mesh=options.mesh,
                 pins=options.pins,
+                verify=options.verify,
                 progress=options.progress,
             )
 
         if options.cache is None:
             return searched()
-        wanted = (program_fingerprint(program), cluster, options.memory, options.strategy, options.mesh, options.pins)
-        digest = hashlib.blake2b(repr(wanted).encode(), digest_size=10).hexdigest()
+        priced = (dataclasses.replace(cluster, profile=None), cluster.profile and cluster.profile.digest)
+        asked = (*priced, options.memory, options.strategy, options.mesh, options.pins, options.verify)
+        digest = hashlib.blake2b(repr((program_fingerprint(program), *asked)).encode(), digest_size=10).hexdigest()
         path = Path(options.cache) / f"{program.name}-{digest}.json"
         if path.exists():
             try:
@@ -289,6 +293,7 @@ def autoshard(
     strategy: str = AUTO,
     mesh: Mapping[str, int] | None = None,
     pins: Mapping[str, PartitionSpec] | None = None,
+    verify: str = NEVER,
     plan: Plan | str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -306,6 +311,7 @@ def autoshard(
     strategy: str = AUTO,
     mesh: Mapping[str, int] | None = None,
     pins: Mapping[str, PartitionSpec] | None = None,
+    verify: str = NEVER,
     plan: Plan | str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -322,6 +328,7 @@ def autoshard(
     strategy: str = AUTO,
     mesh: Mapping[str, int] | None = None,
     pins: Mapping[str, PartitionSpec] | None = None,
+    verify: str = NEVER,
     plan: Plan | str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -338,6 +345,7 @@ def autoshard(
       strategy: `"auto"`, or a named strategy.
       mesh: axis names and sizes, to be used as they are; by default meshes are searched too.
       pins: path patterns of arguments, and the PartitionSpec that each shall have.
+      verify: `"finalists"` compiles the best few plans before one is taken; see `ffjax.plan`.
       plan: a plan (or its file) to run instead of searching one.
       cache: a folder of plans: one found there for the same program and options is used again.
       static_argnums, donate_argnums: as in `jax.jit`.
@@ -363,6 +371,7 @@ def autoshard(
             strategy=strategy,
             mesh=mesh,
             pins=pins,
+            verify=verify,
             plan=plan,
             cache=cache,
             static_argnums=static_argnums,
@@ -385,6 +394,7 @@ def autoshard(
         strategy=strategy,
         mesh=mesh,
         pins=pins,
+        verify=verify,
         plan=plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),
         cache=cache,
         static_argnums=static_argnums,

@@ -47,6 +47,14 @@ def test_what_was_planned_is_what_was_compiled(strategy: str) -> None:
     assert "fits into 16 GiB" in str(checked)
 
 
+def test_a_decorated_step_settles_its_plan_too() -> None:
+    sharded = ffjax.autoshard(step, mesh={"x": 8}, verify="finalists", donate_argnums=0)
+    plan = sharded.plan(*arguments())
+    assert plan.search.finalists
+    assert all(f.fits for f in plan.search.finalists)
+    assert plan.search.finalists[0].compiled_step_s == min(f.compiled_step_s for f in plan.search.finalists)
+
+
 def test_devices_to_compile_for() -> None:
     assert devices_for(CPU) == tuple(jax.devices()[:8])
     with pytest.raises(ClusterError, match=r"no 16 devices of 'cpu' to compile for.*fake_devices\(16\)"):
