@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan_lines import layout_of
 from scipy.stats import spearmanr
-from verified_cases import build
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
@@ -25,6 +24,10 @@ from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
 from ffjax.planner import trace_step
 from ffjax.strategies.families import family_keys
+
+sys.path.insert(0, str(Path(__file__).parent))
+from plan_lines import layout_of
+from verified_cases import build
 
 RECORDED = Path(__file__).parent / "data" / "verified.json"
 WITHIN_10, WITHIN_25, RANK, BYTES_WITHIN_5 = 0.5, 0.9, 0.95, 0.9
