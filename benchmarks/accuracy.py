@@ -21,9 +21,9 @@ import ffjax
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import Estimate, estimate
-from ffjax.cost.fit import Work, fit, seconds_of, work
 from ffjax.cost.kernels import Kernel, kernels
 from ffjax.cost.memory import Peak
+from ffjax.cost.profiles.fit import Work, fit, seconds_of, work
 from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import device_mesh
 from ffjax.examples import convnet, gpt, moe, recommender
