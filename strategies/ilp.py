@@ -151,10 +151,12 @@ def solve(
         int(np.argmax(values[start : start + len(node.candidates)]))
         for start, node in zip(first, problem.nodes, strict=True)
     )
+    # A problem without a choice (on one device) is a linear one: HiGHS then knows no such bound.
+    bound = info.mip_dual_bound if any(integral) else info.objective_function_value
     return Solution(
         choice=choice,
         objective_s=info.objective_function_value / _SCALE,
-        bound_s=info.mip_dual_bound / _SCALE,
+        bound_s=bound / _SCALE,
         status=highs.modelStatusToString(status).lower(),
         seconds=seconds,
     )

@@ -199,3 +199,9 @@ def test_no_named_strategy_beats_the_free_search(name: str, cluster: str) -> Non
         assert free.bound_s <= found.step_s * (1 + 1e-9)
         assert found.step_s == pytest.approx(total_seconds(found.problem, found.choice))
     assert {f.strategy for f in result.found} >= {AUTO, "data_parallel", "fsdp", "tensor_parallel"}
+
+
+def test_on_one_device_there_is_nothing_to_gain() -> None:
+    alone = Cluster.named("cpu", devices_per_host=1)
+    result = search(example("recommender"), alone, budget_bytes=alone.device.memory_bytes)
+    assert result.best.bound_s == pytest.approx(result.best.step_s)
