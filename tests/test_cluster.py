@@ -304,6 +304,18 @@ def test_compile_only_devices_without_the_plugin() -> None:
         Cluster.named("h100", hosts=8).compile_only_devices()
 
 
+def test_compile_only_devices_with_the_plugin_of_another_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX leaves such a plugin alone, and then knows no platform of that name."""
+
+    def unknown(*args: object, **options: object) -> None:
+        raise NotImplementedError("platform cuda is not present")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", unknown)
+    with pytest.raises(ClusterError, match=r"made no 1x1x8 topology of 'h100'.*must match jaxlib's; run: pip install"):
+        Cluster.named("h100").compile_only_devices()
+
+
 def test_compile_only_devices_with_the_plugin() -> None:
     pytest.importorskip("jax_plugins.xla_cuda12")
     devices = Cluster.named("h100", hosts=2).compile_only_devices()
