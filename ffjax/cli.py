@@ -23,11 +23,12 @@ from ffjax.cost.cluster import Cluster
 from ffjax.cost.simulation.timeline import writer
 from ffjax.demo import agree, report, run_demo, verdict
 from ffjax.errors import BudgetError, FfjaxError
-from ffjax.explain import bytes_text, seconds_text, short_source
+from ffjax.explain import short_source
 from ffjax.plan import Competitor, Plan
 from ffjax.strategies import all_strategies
 from ffjax.strategies.search import AUTO, MOST_AXES
 from ffjax.targets import load_target
+from ffjax.units import bytes_text, seconds_text
 
 PLAIN_WIDTH = 160
 """Of tables that go to no terminal."""

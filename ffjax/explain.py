@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ffjax.ir.spec import format_spec
 from ffjax.plan import Decision, Placement, Plan
+from ffjax.units import bytes_text, seconds_text
 
 MOST_LINES = 14
 
@@ -145,22 +146,6 @@ def short_source(where: str) -> str:
     """The last two parts of a source path; argument paths stay."""
     file, colon, line = where.rpartition(":")
     return "/".join(file.split("/")[-2:]) + colon + line if colon and line.isdigit() else where
-
-
-def seconds_text(seconds: float) -> str:
-    """Three digits with the unit that fits: `4.96 ms`."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if abs(seconds) >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
-
-
-def bytes_text(size: float) -> str:
-    """Three digits with the unit that fits: `1.51 MiB`."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
 
 
 def table(rows: Sequence[tuple[str, ...]], *, empty: str) -> list[str]:

@@ -9,10 +9,9 @@ from typing import TypeAlias
 
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import BudgetError
-from ffjax.explain import bytes_text
-from ffjax.inputs import amount
 from ffjax.plan import Finalist, Plan
 from ffjax.strategies.search import Found, Progress, SearchResult
+from ffjax.units import amount, bytes_text
 from ffjax.verifying import Verification, devices_for, verify
 
 MOST_FINALISTS = 3

@@ -12,6 +12,7 @@ from ffjax.ir.dims import named_dims
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.search import SearchResult
+from ffjax.units import amount
 
 
 def argnums(numbers: int | Sequence[int], count: int, option: str) -> tuple[int, ...]:
@@ -97,11 +98,3 @@ def over_budget(result: SearchResult, budget_bytes: float, cluster: Cluster) -> 
         f"{largest}\nRemedy: memory={amount(best.peak.bytes)!r} or more, more devices, donated state "
         "(donate_argnums), a smaller batch, or jax.checkpoint."
     )
-
-
-def amount(size: float) -> str:
-    """Bytes in a unit that `parse_bytes` reads, never rounded down."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{math.ceil(size / scale * 100) / 100:.2f}{unit}"
-    return f"{math.ceil(size)}B"

@@ -18,8 +18,8 @@ from ffjax.cost.hlo.compare import Report, planned_collectives, unplanned
 from ffjax.cost.hlo.simulator import simulate_hlo
 from ffjax.cost.hlo.source import read_module
 from ffjax.errors import ClusterError
-from ffjax.explain import bytes_text, seconds_text
 from ffjax.plan import Plan
+from ffjax.units import bytes_text, seconds_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
