@@ -50,7 +50,7 @@ FREE_MESHES = 2
 """On how many meshes, beside the one with a single axis, the free problem is solved."""
 
 SIMULATED = 6
-"""How many plans are simulated before the fastest is taken."""
+"""How many plans are simulated before the fastest is taken, beside the best of each strategy."""
 
 AUTO = "auto"
 
@@ -266,14 +266,20 @@ class _Search:
         return self._found(AUTO, pruned, fit, exact=exact, began=began)
 
     def simulated(self, fitting: Sequence[Found]) -> dict[int, Found]:
-        """The fastest few, as the simulator has them, by the identity of what they were; equal ones once."""
+        """The fastest few, and of each strategy the fastest, as the simulator has them; equal ones once.
+
+        Each by the identity of what it was.
+        """
         distinct: dict[tuple[str, str], Found] = {}
+        first: dict[str, Found] = {}
         for f in sorted(fitting, key=lambda f: f.step_s):
-            distinct.setdefault((f"{f.step_s:.6g}", f"{f.peak.bytes:.6g}"), f)
+            one = distinct.setdefault((f"{f.step_s:.6g}", f"{f.peak.bytes:.6g}"), f)
+            first.setdefault(f.strategy, one)
+        chosen = {id(f): f for f in [*list(distinct.values())[:SIMULATED], *first.values()]}
         tasks = build_task_graph(self.regions, self.kernels)
         simulators: dict[MeshShape, Simulator] = {}
         result: dict[int, Found] = {}
-        for f in list(distinct.values())[:SIMULATED]:
+        for f in chosen.values():
             if f.mesh not in simulators:
                 model = CollectiveModel(f.mesh, self.cluster)
                 simulators[f.mesh] = Simulator(self.regions, self.kernels, model, tasks=tasks)
