@@ -218,13 +218,15 @@ def trip_count(loop: ir.Operation) -> float:
     test = test.operation if hasattr(test, "operation") else test
     if isinstance(test, ir.Block) or test.name != "stablehlo.compare":
         return 1.0
-    if "LT" not in str(test.attributes["comparison_direction"]) or not isinstance(test.operands[0], ir.BlockArgument):
+    counter = _block_argument(test.operands[0])
+    if "LT" not in str(test.attributes["comparison_direction"]) or counter is None:
         return 1.0
-    index = ir.BlockArgument(test.operands[0]).arg_number
+    index = counter.arg_number
     yielded = body.operations[len(body.operations) - 1].operands
     start, stop = _constant(loop.operands[index]), _constant(test.operands[1])
-    if stop is None and isinstance(test.operands[1], ir.BlockArgument):
-        limit = ir.BlockArgument(test.operands[1]).arg_number
+    bound = _block_argument(test.operands[1])
+    if stop is None and bound is not None:
+        limit = bound.arg_number
         if yielded[limit] == body.arguments[limit]:
             stop = _constant(loop.operands[limit])
     add = yielded[index].owner
@@ -256,9 +258,15 @@ def _dead_reshards(ops: Sequence[ir.Operation]) -> set[int]:
     return dead
 
 
+def _block_argument(value: Value) -> ir.BlockArgument[ir.Type] | None:
+    """The value as an argument of a block, if it is one; before jax 0.10 its class does not say so."""
+    return ir.BlockArgument(value) if isinstance(value.owner, ir.Block) else None
+
+
 def _sharding_of(value: Value) -> ir.Attribute | None:
-    if isinstance(value, ir.BlockArgument):
-        parent, number = value.owner.owner.operation, value.arg_number
+    argument = _block_argument(value)
+    if argument is not None:
+        parent, number = argument.owner.owner.operation, argument.arg_number
         if parent.name == "func.func":
             if "arg_attrs" not in parent.attributes:
                 return None
