@@ -35,6 +35,12 @@ class Splits:
         self._cache: dict[tuple[int, ...], Floats] = {}
         self._distinct: dict[tuple[int, ...], tuple[Floats, NDArray[np.intp]]] = {}
 
+    def take(self, candidates: Sequence[int]) -> Splits:
+        """Those of some of the candidates."""
+        taken = Splits.__new__(Splits)
+        taken.counts, taken._cache, taken._distinct = self.counts[np.array(candidates, np.intp)], {}, {}
+        return taken
+
     def of(self, atoms: Sequence[int]) -> Floats:
         """For each candidate into how many pieces these atoms are split together."""
         key = tuple(sorted(set(atoms)))

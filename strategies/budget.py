@@ -1,12 +1,11 @@
-"""Solving within a memory budget, by adding the instants at which a solution would exceed it.
+"""What a solution takes of memory, and what is in memory at one instant as a function of the candidates.
 
-A linear program over all instants would be as long as the program. Only a few instants ever bind: solve, find the op at
-which most is live, bound memory there, and solve again.
+A bound at all instants would be as long as the program. Only a few instants ever bind: those at which solutions peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +20,6 @@ from ffjax.ir.regions import Dims
 from ffjax.ir.spec import shard_count
 from ffjax.strategies.ilp import Instant, Solution
 from ffjax.strategies.problem import Problem, assignments
-
-MOST_ROUNDS = 8
-_MARGIN = 0.98
-"""The share of the budget that a new instant may use, so that nearly equal instants next to it fit too."""
-
-Solver = Callable[[Problem, Sequence[Instant]], Solution | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,29 +39,6 @@ def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:
         assignments=assignments(problem, choice),
         axis_prices=problem.model.axis_prices,
     )
-
-
-def solve_within(
-    problem: Problem,
-    budget_bytes: float,
-    memory: MemoryModel,
-    times: Lifetimes,
-    solver: Solver,
-    rounds: int = MOST_ROUNDS,
-) -> Fit | None:
-    """The fastest solution that fits, or the fastest of all (`fits` is False); None if there is no solution at all."""
-    instants: list[Instant] = []
-    fastest: Fit | None = None
-    for _ in range(rounds):
-        solution = solver(problem, instants)
-        if solution is None:
-            return fastest
-        found = fit_of(problem, solution, budget_bytes, memory)
-        if found.fits:
-            return found
-        fastest = fastest or found
-        instants.append(instant(problem, times, found.peak.instant, budget_bytes * _MARGIN))
-    return fastest
 
 
 def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: MemoryModel) -> Fit:

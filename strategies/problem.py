@@ -9,6 +9,7 @@ that some consumer in the same scope needs is made once, however many need it. C
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -40,6 +41,8 @@ class Node:
     compute_s: Floats
     reduction_s: Floats
     splits: Splits
+    late: bool
+    """Whether no op that does work waits for what it reduces (`ffjax.ir.merging.merged_sums`)."""
 
     @property
     def cost_s(self) -> Floats:
@@ -69,6 +72,8 @@ class Transfer:
     """Of one whole value."""
     values: list[tuple[int, int]]
     """(value, scope) of each member."""
+    ahead: bool
+    """Whether the values are there from the start of the step (`ffjax.ir.merging.merged_copies`)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,6 +146,7 @@ def build_problem(
                 compute_s=compute_seconds(kernels.get(key, ()), splits, model),
                 reduction_s=count * reduction_seconds(regions, first, found, splits, model),
                 splits=splits,
+                late=all(regions.merged_sums[v] for v in regions.graph.ops[first.ops[0]].results),
             )
         )
         for region in family:
@@ -228,6 +234,7 @@ def _transfers(problem: Problem) -> list[Transfer]:
                 seconds=costs.matrix(rows, columns, len(group) * alike.trips, alike.bytes, merged=alike.merged),
                 bytes=alike.bytes,
                 values=group,
+                ahead=alike.merged,
             )
         )
     return transfers
@@ -238,6 +245,17 @@ def assignments(problem: Problem, choice: Sequence[int]) -> list[Assignment]:
     return [problem.nodes[n].candidates[choice[n]] for n in problem.node_of]
 
 
+def choice_of(problem: Problem, assigned: Sequence[Assignment]) -> tuple[int, ...] | None:
+    """The choice that gives each family what its first region has; None where that is no candidate."""
+    choice = []
+    for node in problem.nodes:
+        wanted = assigned[node.regions[0]]
+        if wanted not in node.candidates:
+            return None
+        choice.append(node.candidates.index(wanted))
+    return tuple(choice)
+
+
 def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
     """The objective of one choice of candidates, a candidate index for each node."""
     total = sum(float(n.cost_s[c]) for n, c in zip(problem.nodes, choice, strict=True))
@@ -246,3 +264,40 @@ def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
         targets = {int(c.column_of[choice[c.node]]) for c in transfer.consumers}
         total += float(transfer.seconds[row, list(targets)].sum())
     return total
+
+
+def restrict(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:
+    """The problem with only some candidates of each node."""
+    nodes = []
+    for node, keep in zip(problem.nodes, kept, strict=True):
+        index = np.array(keep, np.intp)
+        nodes.append(
+            dataclasses.replace(
+                node,
+                candidates=[node.candidates[i] for i in keep],
+                compute_s=node.compute_s[index],
+                reduction_s=node.reduction_s[index],
+                splits=node.splits.take(keep),
+            )
+        )
+    transfers = []
+    for transfer in problem.transfers:
+        row_of = transfer.row_of[list(kept[transfer.source])]
+        columns_of = [c.column_of[list(kept[c.node])] for c in transfer.consumers]
+        rows, row_index = np.unique(row_of, return_inverse=True)
+        columns, inverse = np.unique(np.concatenate(columns_of), return_inverse=True)
+        ends = np.cumsum([len(c) for c in columns_of])[:-1]
+        transfers.append(
+            dataclasses.replace(
+                transfer,
+                row_of=row_index,
+                rows=[transfer.rows[i] for i in rows],
+                columns=[transfer.columns[i] for i in columns],
+                seconds=transfer.seconds[np.ix_(rows, columns)],
+                consumers=[
+                    Consumer(node=c.node, column_of=part)
+                    for c, part in zip(transfer.consumers, np.split(inverse, ends), strict=True)
+                ],
+            )
+        )
+    return dataclasses.replace(problem, nodes=nodes, transfers=transfers)
