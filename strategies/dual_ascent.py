@@ -178,7 +178,7 @@ class Ascent:
         for _ in range(sweeps):
             for forward in (True, False):
                 self.offer(self._pass(forward))
-                self._share_again()
+            self._share_again()
             self.bound_s = max(self._bound(), self.bound_s if history else -np.inf)
             open_s = self.best_s - self.bound_s
             if np.isfinite(open_s) and open_s <= gap * abs(self.best_s):

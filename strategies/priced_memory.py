@@ -26,7 +26,7 @@ from ffjax.strategies.solver import Solver
 
 _CHEAPEST, _DEAREST = 0.01, 30.0
 """Prices of all memory, in steps, between which the bisection looks."""
-_HALVINGS = 6
+_HALVINGS = 5
 _ROUNDS, _PATIENCE = 10, 2
 """Of minimising bytes alone: at most so many, and so many without a lower peak end it."""
 _TIE_BREAK = 1e-3
@@ -76,15 +76,18 @@ def _solve_priced(
     instants = {free.peak.instant: instant(problem, times, free.peak.instant, budget_bytes)}
     played = Counter({free.peak.instant: 1})
     least = free
+    bound_s = free.solution.bound_s
 
     def solve_at(price: float) -> Fit | None:
-        nonlocal least
+        nonlocal least, bound_s
         weights = [(instants[at], n / played.total() * price * step_s / free.peak.bytes) for at, n in played.items()]
         solution = solver.solve(priced(problem, weights), gap=_PRICED_GAP, sweeps=_PRICED_SWEEPS)
         if solution is None:
             return None
-        # What is proved of seconds and bytes together says nothing of seconds alone.
-        found = fit_of(problem, dataclasses.replace(solution, bound_s=free.solution.bound_s), budget_bytes, memory)
+        # Lagrange: whatever fits pays no more for its bytes than for the whole budget.
+        allowed_s = sum(price * (budget_bytes - entry.fixed_bytes) for entry, price in weights)
+        bound_s = max(bound_s, solution.bound_s - allowed_s)
+        found = fit_of(problem, solution, budget_bytes, memory)
         if found.peak.bytes < least.peak.bytes:
             least = found
         if not found.fits:
@@ -93,18 +96,23 @@ def _solve_priced(
                 instants[found.peak.instant] = instant(problem, times, found.peak.instant, budget_bytes)
         return found
 
-    low, high = math.log(_CHEAPEST), math.log(_DEAREST)
     fitting: list[Fit] = []
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        found = solve_at(math.exp(middle))
-        if found is not None and found.fits:
-            fitting.append(found)
-            high = middle
-        else:
-            low = middle
+    dearest = solve_at(_DEAREST)
+    if dearest is not None and (dearest.fits or thorough):
+        low, high = math.log(_CHEAPEST), math.log(_DEAREST)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            found = solve_at(math.exp(middle))
+            if found is not None and found.fits:
+                fitting.append(found)
+                high = middle
+            else:
+                low = middle
+        if dearest.fits:
+            fitting.append(dearest)
     if fitting:
-        return min(fitting, key=lambda f: total_seconds(problem, f.solution.choice))
+        best = min(fitting, key=lambda f: total_seconds(problem, f.solution.choice))
+        return dataclasses.replace(best, solution=dataclasses.replace(best.solution, bound_s=bound_s))
     stale = 0
     for _ in range(_ROUNDS if thorough else 1):
         before = least

@@ -258,6 +258,32 @@ def choice_of(problem: Problem, assigned: Sequence[Assignment]) -> tuple[int, ..
 
 def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
     """The objective of one choice of candidates, a candidate index for each node."""
+    total = 0.0
+    for node, c in zip(problem.nodes, choice, strict=True):
+        total += node.compute_s[c] + node.reduction_s[c]
+    for transfer in problem.transfers:
+        row = transfer.seconds[transfer.row_of[choice[transfer.source]]]
+        if len(transfer.consumers) == 1:
+            (consumer,) = transfer.consumers
+            total += row[consumer.column_of[choice[consumer.node]]]
+        else:
+            total += sum(row[c] for c in {c.column_of[choice[c.node]] for c in transfer.consumers})
+    return float(total)
+
+
+def choice_of(problem: Problem, assigned: Sequence[Assignment]) -> tuple[int, ...] | None:
+    """The choice that gives each family what its first region has; None where that is no candidate."""
+    choice = []
+    for node in problem.nodes:
+        wanted = assigned[node.regions[0]]
+        if wanted not in node.candidates:
+            return None
+        choice.append(node.candidates.index(wanted))
+    return tuple(choice)
+
+
+def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
+    """The objective of one choice of candidates, a candidate index for each node."""
     total = sum(float(n.cost_s[c]) for n, c in zip(problem.nodes, choice, strict=True))
     for transfer in problem.transfers:
         row = transfer.row_of[choice[transfer.source]]

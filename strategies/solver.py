@@ -13,7 +13,7 @@ from ffjax.strategies.dual_ascent import MOST_SWEEPS, Ascent
 from ffjax.strategies.ilp import Solution, solve
 from ffjax.strategies.problem import Problem, restrict
 
-GAP = 1e-4
+GAP = 1e-3
 """The share of the optimum within which a solution counts as proved."""
 _EXACT_CELLS = 60_000
 """Resharding variables up to which what is left in doubt is solved as an integer linear program."""
