@@ -53,9 +53,9 @@ def solve_within(
       memory, times: of the program.
       solver: of problems of this shape.
       starts: choices that are known.
-      thorough: where nothing fits, how little would do is looked for; else it is only known that nothing was found.
+      thorough: the gap is closed, and where nothing fits, how little would do is looked for.
     """
-    solution = solver.solve(problem, starts)
+    solution = solver.solve(problem, starts, prove=thorough)
     if solution is None:
         return None
     found = fit_of(problem, solution, budget_bytes, memory)
@@ -81,7 +81,7 @@ def _solve_priced(
     def solve_at(price: float) -> Fit | None:
         nonlocal least, bound_s
         weights = [(instants[at], n / played.total() * price * step_s / free.peak.bytes) for at, n in played.items()]
-        solution = solver.solve(priced(problem, weights), gap=_PRICED_GAP, sweeps=_PRICED_SWEEPS)
+        solution = solver.solve(priced(problem, weights), gap=_PRICED_GAP, sweeps=_PRICED_SWEEPS, prove=False)
         if solution is None:
             return None
         # Lagrange: whatever fits pays no more for its bytes than for the whole budget.

@@ -27,7 +27,13 @@ class Solver:
         self._ascent: Ascent | None = None
 
     def solve(
-        self, problem: Problem, starts: Sequence[Sequence[int]] = (), *, gap: float = GAP, sweeps: int = MOST_SWEEPS
+        self,
+        problem: Problem,
+        starts: Sequence[Sequence[int]] = (),
+        *,
+        gap: float = GAP,
+        sweeps: int = MOST_SWEEPS,
+        prove: bool = True,
     ) -> Solution | None:
         """The best choice, proved to be within `gap` of the optimum where that could be done; None if none is possible.
 
@@ -36,6 +42,7 @@ class Solver:
           starts: choices that are known; the solution is never worse.
           gap: what is good enough, as a share of the optimum.
           sweeps: of the ascent, at most.
+          prove: whether what the ascent leaves in doubt is settled.
         """
         began = time.perf_counter()
         if any(not node.candidates for node in problem.nodes):
@@ -49,7 +56,7 @@ class Solver:
             ascent.offer(choice)
         ascent.climb(gap, sweeps)
         bound_s, status = ascent.bound_s, "dual ascent"
-        if ascent.best is None or ascent.best_s - bound_s > gap * ascent.best_s:
+        if ascent.best is None or (prove and ascent.best_s - bound_s > gap * ascent.best_s):
             enough_s = ascent.best_s * (1 - gap)
             kept = ascent.survivors(enough_s)
             if not all(kept):
