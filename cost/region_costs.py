@@ -89,7 +89,8 @@ def reduction_seconds(
         for index, candidate in enumerate(candidates):
             axes = tuple(n for n, a in zip(model.mesh.axes, candidate.atoms, strict=True) if a in reduced)
             if axes:
-                scatter = any(d != UNUSED for d in candidate.scatter)
+                to = zip(candidate.atoms, candidate.scatter, strict=True)
+                scatter = any(d != UNUSED for a, d in to if a in reduced)
                 alpha, beta = model.coefficients("reduce_scatter" if scatter else "all_reduce", axes)
                 share = model.share_of_one(local[index] / count) if merged else 1.0
                 total[index] += count * alpha * share + beta * local[index]

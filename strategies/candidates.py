@@ -89,11 +89,11 @@ def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh:
 def _sums(regions: Regions, region: Region) -> tuple[bool, set[int], Dims, tuple[int, ...]]:
     """Whether partial sums may be scattered, over which atoms they are, and the result's dimensions and shape."""
     graph = regions.graph
-    first = graph.ops[region.ops[0]]
-    reduced = set(region.dims[0].reduced) if region.solo else set()
-    if not (region.solo and len(first.results) == 1 and ends_in_its_sum(first)):
+    last, dims = graph.ops[region.ops[-1]], region.dims[-1]
+    reduced = set(dims.reduced) if region.solo else set()
+    if not (region.solo and len(last.results) == 1 and ends_in_its_sum(last)):
         return False, reduced, (), ()
-    return True, reduced, region.dims[0].results[0], graph.values[first.results[0]].shape
+    return True, reduced, dims.results[0], graph.values[last.results[0]].shape
 
 
 def _merged(region: Region) -> set[Dims]:

@@ -161,7 +161,7 @@ def source_spec(regions: Regions, region: Region, dims: Dims, candidate: Assignm
     spec = spec_of(dims, region.sizes, candidate, mesh)
     if spec is None:
         raise ValueError(f"candidate {candidate} of region {region.id} cannot be written as a PartitionSpec")
-    return scattered(spec, candidate, mesh) if region.solo and dims == region.dims[0].results[0] else spec
+    return scattered(spec, candidate, mesh) if region.solo and dims == region.dims[-1].results[0] else spec
 
 
 class _Alike(NamedTuple):

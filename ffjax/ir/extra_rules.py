@@ -66,7 +66,7 @@ def runs_on_pieces(eqn: JaxprEqn) -> bool:
 
 def piece_params(eqn: JaxprEqn, pieces: Sequence[Shape]) -> Params:
     """The parameters with which an equation runs on pieces of its inputs, of these shapes."""
-    return _ON_PIECES[eqn.primitive.name](eqn, pieces)
+    return _ON_PIECES.get(eqn.primitive.name, _same_params)(eqn, pieces)
 
 
 def _same_params(eqn: JaxprEqn, pieces: Sequence[Shape]) -> Params:

@@ -59,12 +59,10 @@ class Layout:
 
     def home(self, value: int) -> Spec:
         """The sharding in which a value is made."""
-        region = self.regions.regions[self.regions.region_of[self.graph.values[value].producer]]
-        return (
-            scattered(self.partial(value), self.assignments[region.id], self.mesh)
-            if region.solo
-            else self.partial(value)
-        )
+        if not self.regions.may_scatter(value):
+            return self.partial(value)
+        region = self.regions.region_of[self.graph.values[value].producer]
+        return scattered(self.partial(value), self.assignments[region], self.mesh)
 
     def operand(self, op: int, index: int) -> Spec:
         """The sharding in which an op reads its operand."""
@@ -72,11 +70,16 @@ class Layout:
         return self._spec(region, self.regions.ports[op].operands[index])
 
     def partial_axes(self, op: int) -> tuple[str, ...]:
-        """The mesh axes over which an op's results are partial sums."""
-        region = self.regions.region_of[op]
-        assignment = self.assignments[region]
-        reduced = self.regions.ports[op].reduced
-        return tuple(n for n, a in zip(self.mesh.axes, assignment.atoms, strict=True) if a in reduced)
+        """The mesh axes over which an op's results are partial sums that are reduced there."""
+        return self._axes(op, self.regions.ports[op].reduced)
+
+    def pending_axes(self, op: int) -> tuple[str, ...]:
+        """The mesh axes over which an op's results stay partial sums, for an op to come to reduce."""
+        return self._axes(op, self.regions.ports[op].pending)
+
+    def _axes(self, op: int, atoms: tuple[int, ...]) -> tuple[str, ...]:
+        assignment = self.assignments[self.regions.region_of[op]]
+        return tuple(n for n, a in zip(self.mesh.axes, assignment.atoms, strict=True) if a in atoms)
 
     def local_bytes(self, value: int, spec: Spec | None = None) -> float:
         return self.graph.values[value].bytes / shard_count(self.home(value) if spec is None else spec, self.mesh)
