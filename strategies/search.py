@@ -38,7 +38,8 @@ from ffjax.strategies.neighbourhood import solve_near
 from ffjax.strategies.priced_memory import solve_priced
 from ffjax.strategies.problem import Problem, build_problem, total_seconds
 from ffjax.strategies.prune import prune
-from ffjax.strategies.roles import Roles
+from ffjax.strategies.roles import Roles, lacking
+from ffjax.strategies.usage import Usage
 
 EXACT_CELLS = 150_000
 """Resharding variables up to which the free problem is solved exactly."""
@@ -137,6 +138,10 @@ def search(
         raise ValueError(
             f"strategy {strategy!r} has no use for the meshes {', '.join(map(str, meshes))}; give it one with more axes"
         )
+    lacks = {s.name: lacking(search_.usage, roles) for s, _, roles in pairs}
+    pairs = [pair for pair in pairs if not lacks[pair[0].name]]
+    if not pairs and strategy != AUTO:
+        raise ValueError(f"strategy {strategy!r} is for programs that have {lacks[strategy]}; take another one")
     found: list[Found] = []
     for done, (entry, mesh, roles) in enumerate(pairs):
         if progress:
@@ -217,14 +222,14 @@ class _Search:
         self.keys = family_keys(regions, marks)
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
-        self.dims = named_dims(regions)
+        self.usage = Usage(regions, named_dims(regions))
         self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
         self.memory = MemoryModel(regions, self.times, self.keys)
 
     def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> Found | None:
         """The best plan of a named strategy on one mesh; one that stands alone is made to fit if it can."""
         began = time.perf_counter()
-        rules = Roles(self.regions, self.dims, mesh, roles)
+        rules = Roles(self.usage, mesh, roles)
         pins = self.keep(mesh) if self.keep is not None else None
         keep = _both(rules.keep(), pins)
         model = CollectiveModel(mesh, self.cluster)
