@@ -26,8 +26,7 @@ def merged_sums(graph: Graph) -> list[bool]:
 
 
 def merged_copies(graph: Graph) -> list[bool]:
-    """For each value whether it is there from the start (an argument, or made of arguments by light ops alone), or
-    nothing but the results of the step waits for it."""
+    """For each value whether nothing waits for it, or it is there from the start: made of arguments by light ops alone."""
     unread = merged_sums(graph)
     carried = _carried(graph, "result")
     ready = [False] * len(graph.values)
