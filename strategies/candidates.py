@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
 from ffjax.ir.compose import PERMUTATION
+from ffjax.ir.halo import Halo, halos
 from ffjax.ir.op_kinds import ends_in_its_sum
 from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.spec import MeshShape, divides
@@ -44,17 +45,27 @@ def candidates(
             own = [(a, d) for a, d in own if a == UNUSED or allow(region, a, axis)]
         options.append(own)
     merged = _merged(region)
+    images = _images(regions, region)
     found = []
     for choice in itertools.product(*options):
         assignment = Assignment(tuple(a for a, _ in choice), tuple(d for _, d in choice))
-        if _written(region, assignment, mesh, merged) and _valid(region, assignment, mesh, reduced, result, shape):
+        if (
+            _written(region, assignment, mesh, merged)
+            and _reached(images, assignment, mesh)
+            and _valid(region, assignment, mesh, reduced, result, shape)
+        ):
             found.append(assignment)
     return keep(region, found) if keep is not None else found
 
 
 def considered(regions: Regions, region: Region, axes: int) -> list[int]:
     """The atoms that can be split, those that index most bytes first if there are too many."""
-    atoms = [a for a in range(len(region.sizes)) if region.can_split(a) and not region.kinds[a] & PERMUTATION]
+    images = _images(regions, region)
+    atoms = [
+        a
+        for a in range(len(region.sizes))
+        if region.can_split(a) and (a in images or not region.kinds[a] & PERMUTATION)
+    ]
     limit = MOST_ATOMS.get(axes, 4)
     if len(atoms) <= limit:
         return atoms
@@ -75,7 +86,10 @@ def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh:
     atoms = set(assignment.atoms) - {UNUSED}
     if not all(0 <= a < len(region.sizes) and region.can_split(a) for a in atoms):
         return False
-    if any(region.kinds[a] & PERMUTATION for a in atoms):
+    images = _images(regions, region)
+    if any(region.kinds[a] & PERMUTATION and a not in images for a in atoms):
+        return False
+    if not _reached(images, assignment, mesh):
         return False
     single, reduced, result, shape = _sums(regions, region)
     for atom, dim in zip(assignment.atoms, assignment.scatter, strict=True):
@@ -94,6 +108,20 @@ def _sums(regions: Regions, region: Region) -> tuple[bool, set[int], Dims, tuple
     if not (region.solo and len(first.results) == 1 and ends_in_its_sum(first)):
         return False, reduced, (), ()
     return True, reduced, region.dims[0].results[0], graph.values[first.results[0]].shape
+
+
+def _images(regions: Regions, region: Region) -> dict[int, Halo]:
+    """The atoms of an image along which a window can run on pieces."""
+    if not region.solo:
+        return {}
+    image = region.dims[0].operands
+    found = halos(regions.graph.ops[region.ops[0]].eqn)
+    return {image[h.operand][h.dim][0]: h for h in found if image[h.operand][h.dim]}
+
+
+def _reached(images: Mapping[int, Halo], assignment: Assignment, mesh: MeshShape) -> bool:
+    """Whether pieces of an image need nothing from beyond their neighbours."""
+    return all(h.fits(mesh.size(assignment.axes(atom, mesh))) for atom, h in images.items())
 
 
 def _merged(region: Region) -> set[Dims]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.region_costs import Splits, compute_seconds, reduction_seconds
+from ffjax.cost.region_costs import Splits, compute_seconds, halo_seconds, reduction_seconds
 from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.reshard_chain import reshard_chain
@@ -133,13 +133,14 @@ def build_problem(
         found = candidates(regions, first, mesh, allow, keep)
         splits = Splits(first, found, model)
         count = len(family)
+        copied_s, permuted_s = halo_seconds(regions, first, found, model)
         nodes.append(
             Node(
                 key=key,
                 regions=family,
                 candidates=found,
-                compute_s=compute_seconds(kernels.get(key, ()), splits, model),
-                reduction_s=count * reduction_seconds(regions, first, found, splits, model),
+                compute_s=compute_seconds(kernels.get(key, ()), splits, model) + count * copied_s,
+                reduction_s=count * (reduction_seconds(regions, first, found, splits, model) + permuted_s),
                 splits=splits,
             )
         )

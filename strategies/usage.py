@@ -11,11 +11,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from ffjax.ir.dims import NamedDims
 from ffjax.ir.graph import NO_VALUE, Op
-from ffjax.ir.op_kinds import is_window
+from ffjax.ir.halo import halos
 from ffjax.ir.regions import Dims, Region, Regions
 
 
@@ -36,10 +36,9 @@ class Usage:
         self.read_by_batch = self._read_by_batch()
         self.forward = self.read_by_batch - self.with_batch
         self.images = self.named(
-            (op.id, port)
+            (op.id, (regions.ports[op.id].operands[halo.operand][halo.dim][:1],))
             for op in graph.ops
-            if is_window(op)
-            for port in _windowed(op, regions.ports[op.id].operands[0], regions.ports[op.id].results[0])
+            for halo in halos(op.eqn)
         )
         self.sequence: set[int] = set()
         self.experts: set[int] = set()
@@ -95,11 +94,3 @@ class Usage:
             if activations & self.dims.batch and not weights & self.dims.batch and weights & self.weights:
                 self.sequence |= (activations & result) - weights
                 self.experts |= activations & result & weights & self.weights
-
-
-def _windowed(op: Op, image: Dims, result: Dims) -> Iterator[Dims]:
-    """The dimensions of an image over which a window slides and that its result keeps, one at a time."""
-    kept = {atom for dim in result for atom in dim}
-    for dim, factors in zip(image, op.rule.operands[0], strict=True):
-        if any(f in op.rule.permutation for f in factors) and kept.intersection(dim):
-            yield (dim,)

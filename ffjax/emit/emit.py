@@ -123,7 +123,7 @@ class _Interpreter:
             # inner slice's clamp: devices that do not hold the row then overwrite another one of theirs.
             piece = jax.lax.optimization_barrier(operands[0])
             operands[0] = self.constrain(piece, self.layout.operand(op, 0))
-        if runs_on_pieces(eqn):
+        if runs_on_pieces(eqn) or self.layout.cuts(op):
             return self.on_pieces(eqn, operands, op)
         return self.bound(eqn, operands, eqn.params, op)
 

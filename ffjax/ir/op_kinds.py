@@ -61,27 +61,10 @@ WORK = frozenset(
 """Ops that are never joined with their neighbours, because resharding next to them can pay."""
 
 
-WINDOWS = frozenset(
-    [
-        "conv_general_dilated",
-        "reduce_window",
-        "reduce_window_sum",
-        "reduce_window_max",
-        "reduce_window_min",
-        "select_and_scatter_add",
-    ]
-)
-"""Ops that slide a window over a few dimensions of their first operand."""
-
-
 def is_reduction(op: Op) -> bool:
     return op.kind in ("argmax", "argmin", "reduce") or (
         op.kind.startswith("reduce_") and op.kind not in ("reduce_precision", "reduce_window")
     )
-
-
-def is_window(op: Op) -> bool:
-    return op.kind in WINDOWS
 
 
 def is_light(op: Op) -> bool:
