@@ -26,8 +26,8 @@ from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
 from ffjax.planner import trace_step
 from ffjax.strategies.budget import layout_of
-from ffjax.strategies.families import family_keys
 from ffjax.strategies.dual_ascent import Ascent
+from ffjax.strategies.families import family_keys
 from ffjax.strategies.ilp import solve
 from ffjax.strategies.overlap import overlapped
 from ffjax.strategies.priced_memory import solve_within
@@ -150,7 +150,9 @@ def test_the_ascent_bounds_every_choice_and_drops_none_that_is_good(
 
 @quick
 @given(picks=programs, mesh=meshes, seed=st.integers(0, 99))
-def test_a_restricted_problem_prices_choices_alike(picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int) -> None:
+def test_a_restricted_problem_prices_choices_alike(
+    picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int
+) -> None:
     problem = small_problem(picks, mesh)
     rng = np.random.default_rng(seed)
     kept = [sorted(set(rng.integers(len(n.candidates), size=3).tolist())) for n in problem.nodes]
