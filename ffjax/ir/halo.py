@@ -195,27 +195,22 @@ def with_halos(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     for halo in halos(eqn):
         places: list[Place] = [("operand", halo.operand, halo.dim), *halo.alike]
         first = {sides[side][value][dim][:1] for side, value, dim in places}
-        if len(first) == 1 and first != {()} and not first.pop()[0] in kinds["need_replication"]:
+        if len(first) == 1 and first != {()} and first.pop()[0] not in kinds["need_replication"]:
             continue
         shared = len(sizes)
         sizes.append(halo.factor)
         kinds["reduction" if halo.sums else "permutation"].add(shared)
+        minor: dict[int, tuple[int, ...]] = {halo.factor: ()}
         for side, value, dim in places:
-            length = halo.size if (side, value) == ("operand", halo.operand) or _is_image(halo, side) else halo.count
-            factors: tuple[int, ...] = (shared,)
-            if length != halo.factor:
+            length = shape_of((eqn.invars if side == "operand" else eqn.outvars)[value])[dim]
+            if length not in minor:
+                minor[length] = (len(sizes),)
                 kinds["need_replication"].add(len(sizes))
-                factors += (len(sizes),)
                 sizes.append(length // halo.factor)
             dims = list(sides[side][value])
-            dims[dim] = factors
+            dims[dim] = (shared, *minor[length])
             sides[side][value] = tuple(dims)
     return _renumbered(sides["operand"], sides["result"], sizes, kinds)
-
-
-def _is_image(halo: Halo, side: str) -> bool:
-    """Whether the result is as long as the image: that of a pooling's gradient is."""
-    return side == "result" and halo.operand == 1
 
 
 def _renumbered(
