@@ -1,12 +1,12 @@
 """What state, regions and dimensions are for, as named strategies tell them apart: by what ops compute with them.
 
-    weights     dimensions of state arrays, other than the batch
-    sequence    what a contraction of activations with weights passes through from the activations, beside the batch
-    products    regions of dot_generals that have a dimension of weights: what tensor parallelism splits
-    experts     what such a contraction has in the activations, the weights and the result alike
-    images      what a convolution or a pooling window slides over
-    forward     regions from which activations are computed: parameters and what is made of them; the rest of what has
-                no batch is the update: gradients, and the optimizer's state
+weights     dimensions of state arrays, other than the batch
+sequence    what a contraction of activations with weights passes through from the activations, beside the batch
+products    regions of dot_generals that have a dimension of weights: what tensor parallelism splits
+experts     what such a contraction has in the activations, the weights and the result alike
+images      what a convolution or a pooling window slides over
+forward     regions from which activations are computed: parameters and what is made of them; the rest of what has
+            no batch is the update: gradients, and the optimizer's state
 """
 
 from __future__ import annotations

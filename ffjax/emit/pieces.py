@@ -56,7 +56,9 @@ def image_cuts(eqn: JaxprEqn, in_specs: Sequence[PartitionSpec], mesh: Mesh | Ab
     spec = in_specs[found[0].operand]
     axes = tuple(() if dim is None else (dim,) if isinstance(dim, str) else tuple(dim) for dim in spec)
     rank = len(compat.shape_of(eqn.invars[found[0].operand]))
-    return split_halos(eqn, axes + ((),) * (rank - len(axes)), MeshShape(tuple(mesh.axis_names), tuple(mesh.axis_sizes)))
+    return split_halos(
+        eqn, axes + ((),) * (rank - len(axes)), MeshShape(tuple(mesh.axis_names), tuple(mesh.axis_sizes))
+    )
 
 
 def _with_edges(
