@@ -101,6 +101,7 @@ def _convolution(eqn: JaxprEqn) -> Iterable[Halo]:
     for i, (d, k, o) in enumerate(spatial):
         base, pad = eqn.params["lhs_dilation"][i], eqn.params["padding"][i][0]
         stride, dilation = eqn.params["window_strides"][i], eqn.params["rhs_dilation"][i]
+        alike: Place
         if image[d] * base == result[o] * stride:
             alike, count, step, reach = ("result", 0, o), result[o], stride, (kernel[k] - 1) * dilation
         else:
@@ -216,7 +217,7 @@ def with_halos(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
 def _renumbered(
     operands: list[DimFactors], results: list[DimFactors], sizes: list[int], kinds: dict[str, set[int]]
 ) -> OpShardingRule:
-    """The rule of these factors, numbered as they appear, results first; those that nothing has any more are dropped."""
+    """The rule of the factors that are left, numbered as they appear, results first."""
     number: dict[int, int] = {}
     for value in (*results, *operands):
         for dim in value:
