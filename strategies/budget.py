@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel, Peak, possible_sums, sums_in_memory
 from ffjax.cost.merged_remat import MERGED
-from ffjax.ir.assignment import UNUSED
+from ffjax.ir.assignment import UNUSED, spec_of
+from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims
 from ffjax.ir.spec import shard_count
@@ -76,6 +77,7 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
         share = size / _home_splits(problem, node, dims, scatters=scatters)
         node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
     _add_sums(problem, times, taken, at, node_bytes)
+    _add_edges(problem, times, taken, at, node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
     for edge in regions.edges:
         if times.graph.ops[edge.op].kind == MERGED:
@@ -121,6 +123,29 @@ def _add_sums(
             if any(a in region.dims[-1].reduced for a in candidate.atoms) and (scatters or at == made):
                 copies[index] = sums_in_memory(times.compiler, scattered=scatters)
         sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
+        node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
+
+
+def _add_edges(
+    problem: Problem,
+    times: Lifetimes,
+    taken: NDArray[np.float64],
+    at: int,
+    node_bytes: dict[int, NDArray[np.float64]],
+) -> None:
+    """Adds the images that lie beside their neighbours' edges under the candidates that cut them."""
+    regions, mesh = problem.regions, problem.mesh
+    for op in regions.graph.ops:
+        if times.when[op.id] != at or not (found := halos(op.eqn)):
+            continue
+        region = regions.regions[regions.region_of[op.id]]
+        node = problem.node_of[region.id]
+        image = regions.ports[op.id].operands[found[0].operand]
+        sizes = np.zeros(len(problem.nodes[node].candidates))
+        for index, candidate in enumerate(problem.nodes[node].candidates):
+            spec = spec_of(image, region.sizes, candidate, mesh)
+            if spec is not None and exchanges(op.eqn, spec, mesh, 1.0):
+                sizes[index] = taken[op.operands[found[0].operand]] / shard_count(spec, mesh)
         node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 
 

@@ -12,7 +12,7 @@ from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.regions import Region
 from ffjax.ir.spec import MeshShape, Spec
 from ffjax.strategies.base import Role
-from ffjax.strategies.problem import Problem, restrict
+from ffjax.strategies.problem import Problem, Transfer, restrict
 from ffjax.strategies.usage import Usage
 
 SPLIT_DATA = (Role.DATA, Role.FSDP, Role.ZERO1, Role.ZERO2, Role.EXPERT, Role.SEQUENCE, Role.SPATIAL)
@@ -115,15 +115,15 @@ class Roles:
 
     def _forbid(self, problem: Problem) -> Problem:
         """The problem without gathering of state over the axes that leave it where it is."""
-        transfers = []
-        for transfer in problem.transfers:
-            held = self._held(problem.nodes[transfer.source].regions)
-            if not held:
-                transfers.append(transfer)
-                continue
-            extra = [[np.inf if _moves(r, c, held) else 0.0 for c in transfer.columns] for r in transfer.rows]
-            transfers.append(dataclasses.replace(transfer, seconds=transfer.seconds + np.array(extra)))
-        return dataclasses.replace(problem, transfers=transfers)
+
+        def held(transfer: Transfer) -> Transfer:
+            axes = self._held(problem.nodes[transfer.source].regions)
+            if not axes:
+                return transfer
+            extra = [[np.inf if _moves(r, c, axes) else 0.0 for c in transfer.columns] for r in transfer.rows]
+            return dataclasses.replace(transfer, seconds=transfer.seconds + np.array(extra))
+
+        return dataclasses.replace(problem, transfers=[held(t) for t in problem.transfers])
 
     def _held(self, regions: Sequence[int]) -> set[str]:
         """The axes along which state of these regions, which are alike, stays as it is."""

@@ -82,7 +82,7 @@ def image_cuts(eqn: JaxprEqn, in_specs: Sequence[PartitionSpec], mesh: Mesh | Ab
 def _with_edges(
     eqn: JaxprEqn, pieces: tuple[jax.Array, ...], params: Params, cut: Sequence[Cut]
 ) -> tuple[tuple[jax.Array, ...], Params]:
-    """The pieces, that of the image with its neighbours' edges; and the parameters with the padding that this leaves."""
+    """The pieces, that of the image with its neighbours' edges; and the parameters with the padding that remains."""
     if not cut:
         return pieces, params
     operand = cut[0].halo.operand

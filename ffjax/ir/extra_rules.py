@@ -292,9 +292,10 @@ _ON_PIECES["conv_general_dilated"] = _grouped_pieces
 def _convolution(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     """Factors that Shardy splits and XLA's partitioner cannot.
 
-    It gathers everything for grouped convolutions and gets some depthwise ones wrong: they run on pieces. In all others it cannot split the window in the place of the patches, which Shardy
-    allows past one patch per device. A kernel's gradient it sums over all devices, whatever it is split over, where
-    patches are split. Pieces of an image run with the halos that `ffjax.ir.halo` gives them, apart from this.
+    It gathers everything for grouped convolutions and gets some depthwise ones wrong: they run on pieces. In all others
+    it cannot split the window in the place of the patches, which Shardy allows past one patch per device. A kernel's
+    gradient it sums over all devices, whatever it is split over, where patches are split. What pieces of an image can
+    do with their neighbours' edges, `ffjax.ir.halo` adds to this.
     """
     numbers = eqn.params["dimension_numbers"]
     image, kernel, result = rule.operands[0], rule.operands[1], rule.results[0]

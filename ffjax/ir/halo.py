@@ -101,6 +101,7 @@ def _convolution(eqn: JaxprEqn) -> Iterable[Halo]:
     for i, (d, k, o) in enumerate(spatial):
         base, pad = eqn.params["lhs_dilation"][i], eqn.params["padding"][i][0]
         stride, dilation = eqn.params["window_strides"][i], eqn.params["rhs_dilation"][i]
+        alike: Place
         if image[d] * base == result[o] * stride:
             alike, count, step, reach = ("result", 0, o), result[o], stride, (kernel[k] - 1) * dilation
         else:
@@ -200,28 +201,23 @@ def with_halos(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
         shared = len(sizes)
         sizes.append(halo.factor)
         kinds["reduction" if halo.sums else "permutation"].add(shared)
+        minor: dict[int, tuple[int, ...]] = {halo.factor: ()}
         for side, value, dim in places:
-            length = halo.size if (side, value) == ("operand", halo.operand) or _is_image(halo, side) else halo.count
-            factors: tuple[int, ...] = (shared,)
-            if length != halo.factor:
+            length = shape_of((eqn.invars if side == "operand" else eqn.outvars)[value])[dim]
+            if length not in minor:
+                minor[length] = (len(sizes),)
                 kinds["need_replication"].add(len(sizes))
-                factors += (len(sizes),)
                 sizes.append(length // halo.factor)
             dims = list(sides[side][value])
-            dims[dim] = factors
+            dims[dim] = (shared, *minor[length])
             sides[side][value] = tuple(dims)
     return _renumbered(sides["operand"], sides["result"], sizes, kinds)
-
-
-def _is_image(halo: Halo, side: str) -> bool:
-    """Whether the result is as long as the image: that of a pooling's gradient is."""
-    return side == "result" and halo.operand == 1
 
 
 def _renumbered(
     operands: list[DimFactors], results: list[DimFactors], sizes: list[int], kinds: dict[str, set[int]]
 ) -> OpShardingRule:
-    """The rule of these factors, numbered as they appear, results first; those that nothing has any more are dropped."""
+    """The rule of the factors that are left, numbered as they appear, results first."""
     number: dict[int, int] = {}
     for value in (*results, *operands):
         for dim in value:

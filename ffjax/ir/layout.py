@@ -122,16 +122,16 @@ class Layout:
                     )
                 )
         for op in graph.ops:
-            for collective in self.exchanges(op.id):
-                found.append(
-                    PlannedCollective(
-                        collective=collective,
-                        count=graph.scopes[op.scope].trips,
-                        op=op.id,
-                        value=op.operands[halos(op.eqn)[0].operand],
-                        merged=False,
-                    )
+            found += [
+                PlannedCollective(
+                    collective=collective,
+                    count=graph.scopes[op.scope].trips,
+                    op=op.id,
+                    value=op.operands[halos(op.eqn)[0].operand],
+                    merged=False,
                 )
+                for collective in self.exchanges(op.id)
+            ]
         # Ways that begin alike share their beginning.
         moved: set[tuple[int, int, tuple[Spec, ...]]] = set()
         for value, spec, scope, op_id in self.copies():

@@ -26,7 +26,7 @@ def merged_sums(graph: Graph) -> list[bool]:
 
 
 def merged_copies(graph: Graph) -> list[bool]:
-    """For each value whether nothing waits for it, or it is there from the start: made of arguments by light ops alone."""
+    """For each value whether it is there from the start (light ops make it of arguments), or nothing waits for it."""
     unread = merged_sums(graph)
     carried = _carried(graph, "result")
     ready = [False] * len(graph.values)
