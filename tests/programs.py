@@ -29,8 +29,8 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     static_argnums: tuple[int, ...] = ()
     donate_argnums: tuple[int, ...] = ()
-    carries: int | None = None
-    """The argument that the first result replaces in the next step, if there are to be several."""
+    carries: int | tuple[int, ...] | None = None
+    """The arguments that the first results replace in the next step, if there are to be several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

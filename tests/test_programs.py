@@ -45,6 +45,7 @@ from ffjax.testing import assert_same_numerics
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from programs import PROGRAMS, Case, Row, values, weights
+from running import bytes_by_kind, counted, eager_cluster, results_of
 
 ROWS = list(PROGRAMS)
 MESHES = [MeshShape(("x",), (8,)), MeshShape(("x", "y"), (4, 2))]
@@ -57,46 +58,11 @@ ROTATION = {
 }  # a named strategy on a mesh for each row, all six in turn
 
 
-def eager_cluster() -> Cluster:
-    """Eight CPU devices so slow, over links so quick to start, that any sharding pays."""
-    cluster = Cluster.named("cpu")
-    device = cluster.device
-    slow = dataclasses.replace(
-        device,
-        kernel_s=0.0,
-        flops_per_s={k: v / 50 for k, v in device.flops_per_s.items()},
-        vector_flops_per_s=device.vector_flops_per_s / 50,
-        memory_bytes_per_s=device.memory_bytes_per_s / 50,
-    )
-    links = tuple(dataclasses.replace(link, latency_s=0.0) for link in cluster.links)
-    # With reduce-scatters the cheaper of the two is also the one that is emitted; without, they tie.
-    return dataclasses.replace(cluster, device=slow, links=links, reduce_scatter=True)
-
-
 @functools.cache
 def expected(name: str) -> list[Any]:
     """The results of one or three unsharded steps."""
     case = PROGRAMS[name].make()
     return results_of(jax.jit(case.step, static_argnums=case.static_argnums), case)
-
-
-def results_of(step: Any, case: Case) -> list[Any]:
-    found, args = [], list(case.args)
-    for _ in range(1 if case.carries is None else 3):
-        out = step(*args, **case.kwargs)
-        if case.carries is not None:
-            args[case.carries] = out[0]
-        # The next step may donate what this one made.
-        found.append(jax.tree.map(lambda v: v.copy() if isinstance(v, jax.Array) else v, out))
-    return found
-
-
-def counted(found: Iterable[CountedCollective | PlannedCollective]) -> Counter[tuple[str, tuple[str, ...], float]]:
-    total: Counter[tuple[str, tuple[str, ...], float]] = Counter()
-    for c in found:
-        if not getattr(c, "user", False):
-            total[c.collective.kind, c.collective.axes, c.collective.bytes] += c.count
-    return total
 
 
 def callbacks(lowered: jax.stages.Lowered) -> int:
@@ -176,14 +142,6 @@ def drawn(name: str, mesh: MeshShape, seed: int) -> Layout:
     }
     prices = CollectiveModel(mesh, eager_cluster()).axis_prices
     return Layout(regions=regions, mesh=mesh, assignments=[choice[key] for key in keys], axis_prices=prices)
-
-
-def bytes_by_kind(found: Iterable[CountedCollective | PlannedCollective]) -> Counter[str]:
-    """Bytes of each kind; a reduce-scatter counts as an all-reduce."""
-    total: Counter[str] = Counter()
-    for (kind, _, size), count in counted(found).items():
-        total["all_reduce" if kind == "reduce_scatter" else kind] += count * size
-    return total
 
 
 DRAWS = [*MESHES, MeshShape(("x", "y", "z"), (2, 2, 2))]

@@ -270,7 +270,8 @@ class _Builder:
         leaves: list[list[int]] = []
         for scope, jaxpr in zip(scopes, branches, strict=True):
             # All branches take the same operands; what only another one reads does not enter this one.
-            read = {v for inner in jaxpr.eqns for v in inner.invars if isinstance(v, Var)} | set(jaxpr.outvars)
+            atoms = [*(v for inner in jaxpr.eqns for v in inner.invars), *jaxpr.outvars]
+            read = {v for v in atoms if isinstance(v, Var)}
             for atom, var in zip(eqn.invars[1:], jaxpr.invars, strict=True):
                 self.enter(eqn, self.read(atom) if var in read else NO_VALUE, var, scope)
             self.body(jaxpr, scope)
