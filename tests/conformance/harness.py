@@ -58,7 +58,7 @@ class Outcome:
     @property
     def failures(self) -> list[str]:
         found = {"plan": self.plan, "run": self.run, "numerics": self.numerics, "collectives": self.collectives}
-        return [f"{what}: {said}" for what, said in found.items() if said != "yes"]
+        return [f"{what}: {said}" for what, said in found.items() if said not in ("yes", "-")]
 
 
 IDIOMS: dict[str, Idiom] = {}
@@ -79,13 +79,13 @@ def idiom(
     return register
 
 
-def check(row: Idiom, strategy: str, mesh: MeshShape) -> Outcome:
-    """Plans a step, runs it three times if it has a state, and compares."""
+def check(row: Idiom, strategy: str, mesh: MeshShape, *, run: bool = True) -> Outcome:
+    """Plans a step, runs it three times if it has a state, and compares; without `run` only its collectives."""
     with jax.enable_x64(row.x64):
-        return _check(row, strategy, mesh)
+        return _check(row, strategy, mesh, run)
 
 
-def _check(row: Idiom, strategy: str, mesh: MeshShape) -> Outcome:
+def _check(row: Idiom, strategy: str, mesh: MeshShape, run: bool) -> Outcome:
     outcome = Outcome()
     case = row.make()
     step = ffjax.autoshard(
@@ -107,6 +107,14 @@ def _check(row: Idiom, strategy: str, mesh: MeshShape) -> Outcome:
         return outcome
     try:
         lowered = plan.lower(jax.devices()[: mesh.devices])
+        planned, emitted = counted(plan.bound.collectives()), counted(explicit_collectives(lowered))
+        lost, new = planned - emitted, emitted - planned
+        outcome.collectives = "yes" if planned == emitted else f"planned {lost}, emitted {new}"
+    except Exception as error:
+        outcome.collectives = _said(error)
+    if not run:
+        return outcome
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FfjaxWarning)  # of a second signature: a state that settles
             got = results_of(step, case)
@@ -121,8 +129,6 @@ def _check(row: Idiom, strategy: str, mesh: MeshShape) -> Outcome:
         outcome.numerics = "yes"
     except AssertionError as error:
         outcome.numerics = str(error)
-    planned, emitted = counted(plan.bound.collectives()), counted(explicit_collectives(lowered))
-    outcome.collectives = "yes" if planned == emitted else f"planned {planned - emitted}, emitted {emitted - planned}"
     return outcome
 
 
