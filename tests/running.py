@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import random
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 
+from ffjax.autoshard import place
 from ffjax.cost.cluster import Cluster
-from ffjax.ir.layout import PlannedCollective
-from ffjax.ir.spec import CountedCollective
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.emit.emit import in_shardings
+from ffjax.emit.run import device_mesh, jitted
+from ffjax.ir.layout import Layout, PlannedCollective
+from ffjax.ir.regions import Regions
+from ffjax.ir.spec import CountedCollective, MeshShape
 from ffjax.nnx import has_objects
+from ffjax.strategies.candidates import candidates
+from ffjax.strategies.families import family_keys, members
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from programs import Case
@@ -83,3 +91,20 @@ def bytes_by_kind(found: Iterable[CountedCollective | PlannedCollective]) -> Cou
     return total
 
 
+def drawn_layout(regions: Regions, mesh: MeshShape, seed: int) -> Layout:
+    """A layout that takes any candidate for every family: one that no search would find."""
+    keys = family_keys(regions)
+    rng = random.Random(seed)
+    choice = {
+        key: rng.choice(candidates(regions, regions.regions[family[0]], mesh)) for key, family in members(keys).items()
+    }
+    prices = CollectiveModel(mesh, eager_cluster()).axis_prices
+    return Layout(regions=regions, mesh=mesh, assignments=[choice[key] for key in keys], axis_prices=prices)
+
+
+def run_layout(layout: Layout, flat: Sequence[Any]) -> tuple[jax.stages.Lowered, list[jax.Array]]:
+    """Runs a program, given the arrays that it closes over and the leaves of its arguments, on the first devices."""
+    devices = device_mesh(layout.mesh, jax.devices())
+    placed = [place(x, s) for x, s in zip(flat, in_shardings(layout, devices), strict=True)]
+    lowered = jitted(layout, devices, donate=False).trace(*placed).lower()
+    return lowered, lowered.compile()(*placed)

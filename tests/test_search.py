@@ -33,6 +33,7 @@ from ffjax.strategies.priced_memory import solve_priced
 from ffjax.strategies.problem import Problem, assignments, build_problem, total_seconds
 from ffjax.strategies.prune import prune
 from ffjax.strategies.search import AUTO, search
+from tests.random_programs import Pick, drawn_picks, random_step
 
 MOST_CHOICES = 3_000
 """Choices that are tried one by one."""
@@ -45,27 +46,7 @@ quick = settings(
 )
 
 
-def random_step(picks: Sequence[tuple[int, int, int]]) -> Callable[..., Any]:
-    """A program of a few ops over square arrays: each pick is an op and the two values that it reads."""
-
-    def step(*args: jax.Array) -> tuple[jax.Array, ...]:
-        values = list(args)
-        for op, a, b in picks:
-            x, y = values[a % len(values)], values[b % len(values)]
-            match op:
-                case 0 | 1:
-                    values.append(x @ y)
-                case 2:
-                    values.append(jnp.tanh(x) + y)
-                case 3:
-                    values.append(jnp.sum(x, axis=0, keepdims=True) * y)
-                case 4:
-                    values.append(x.T - y)
-                case _:
-                    values.append(jnp.cumsum(x, axis=0))
-        return tuple(values[len(args) :])
-
-    return step
+KINDS = ("dot", "dot", "elementwise", "scaled by a sum", "transposed", "cumsum")
 
 
 def slow_links() -> Cluster:
@@ -86,20 +67,20 @@ def choices(problem: Problem) -> itertools.product[tuple[int, ...]]:
     return itertools.product(*(range(len(n.candidates)) for n in problem.nodes))
 
 
-programs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6)
+programs = drawn_picks(KINDS, 6)
 meshes = st.sampled_from([MeshShape(("x",), (4,)), MeshShape(("x", "y"), (2, 2))])
 
 
-def small_problem(picks: Sequence[tuple[int, int, int]], mesh: MeshShape, size: int = 512) -> Problem:
+def small_problem(picks: Sequence[Pick], mesh: MeshShape, size: int = 512) -> Problem:
     shapes = [jax.ShapeDtypeStruct((size, size), jnp.float32)] * 2
-    problem = problem_of(regions_of(random_step(picks), *shapes), mesh, slow_links())
+    problem = problem_of(regions_of(random_step(picks, results=None), *shapes), mesh, slow_links())
     assume(1 < math.prod(len(n.candidates) for n in problem.nodes) <= MOST_CHOICES)
     return problem
 
 
 @quick
 @given(picks=programs, mesh=meshes)
-def test_the_solver_finds_what_trying_everything_finds(picks: list[tuple[int, int, int]], mesh: MeshShape) -> None:
+def test_the_solver_finds_what_trying_everything_finds(picks: list[Pick], mesh: MeshShape) -> None:
     problem = small_problem(picks, mesh)
     best = min(total_seconds(problem, choice) for choice in choices(problem))
     found = solve(problem)
@@ -111,7 +92,7 @@ def test_the_solver_finds_what_trying_everything_finds(picks: list[tuple[int, in
 
 @quick
 @given(picks=programs, mesh=meshes)
-def test_pruning_keeps_the_optimum(picks: list[tuple[int, int, int]], mesh: MeshShape) -> None:
+def test_pruning_keeps_the_optimum(picks: list[Pick], mesh: MeshShape) -> None:
     problem = small_problem(picks, mesh)
     small, kept = prune(problem)
     best = min(total_seconds(problem, choice) for choice in choices(problem))
@@ -123,9 +104,7 @@ def test_pruning_keeps_the_optimum(picks: list[tuple[int, int, int]], mesh: Mesh
 
 @quick
 @given(picks=programs, mesh=meshes, seed=st.integers(0, 99))
-def test_neighbourhoods_are_never_worse_than_their_starts(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int
-) -> None:
+def test_neighbourhoods_are_never_worse_than_their_starts(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     problem = small_problem(picks, mesh)
     rng = np.random.default_rng(seed)
     starts = [[int(rng.integers(len(n.candidates))) for n in problem.nodes] for _ in range(2)]
@@ -138,9 +117,7 @@ def test_neighbourhoods_are_never_worse_than_their_starts(
 
 @quick
 @given(picks=programs, mesh=meshes, share=st.floats(0.0, 1.0))
-def test_a_budget_is_kept_and_found_where_there_is_one(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, share: float
-) -> None:
+def test_a_budget_is_kept_and_found_where_there_is_one(picks: list[Pick], mesh: MeshShape, share: float) -> None:
     """Against trying everything: what fits is found, and what is found fits."""
     problem = small_problem(picks, mesh)
     times = lifetimes(problem.regions.graph)

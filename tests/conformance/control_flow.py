@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from programs import Array, Case, descend, values, weights
 
 from conformance.harness import idiom
 from conformance.optimizers import batch, loss_fn, mlp_params
-from programs import Array, Case, descend, values, weights
 
 
 @idiom(compare_as="float16")

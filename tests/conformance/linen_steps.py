@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.training import train_state
+from programs import Array, Case, values
 
 from conformance.harness import idiom
 from conformance.optimizers import EPS
-from programs import Array, Case, values
 
 
 def trained(model: nn.Module, x: Array, y: Array, tx: Any = None, **options: Any) -> Case:

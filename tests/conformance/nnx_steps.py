@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from programs import Array, Case, values
 
 from conformance.harness import idiom
 from conformance.linen_steps import tokens
 from conformance.optimizers import EPS
-from programs import Array, Case, values
 
 
 class Block(nnx.Module):
-    def __init__(self, features: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, features: int, rngs: nnx.Rngs, rate: float = 0.1) -> None:
         self.norm = nnx.LayerNorm(features, rngs=rngs)
         self.up = nnx.Linear(features, 2 * features, rngs=rngs)
-        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
         self.down = nnx.Linear(2 * features, features, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -55,7 +55,7 @@ def nnx_train_step_with_metrics() -> Case:
         optimizer.update(model, grads)
 
     model = Classifier(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.adamw(1e-2, eps=EPS), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
     metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"))
     return Case(step=step, args=(model, optimizer, metrics, images()))
 
@@ -83,7 +83,7 @@ def nnx_functional_state() -> Case:
 
     def step(params: Any, rest: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, Array]:
         def pure_loss(params: Any) -> tuple[Array, Any]:
-            model = nnx.merge(graph, params, rest)
+            model = nnx.merge(graph, params, rest, copy=True)
             loss, _ = loss_fn(model, batch)
             return loss, nnx.state(model, nnx.Not(nnx.Param))
 
@@ -99,13 +99,12 @@ class Scanned(nnx.Module):
         @nnx.split_rngs(splits=3)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def make(rngs: nnx.Rngs) -> Block:
-            return Block(16, rngs)
+            return Block(16, rngs, rate=0.0)
 
         self.blocks = make(rngs)
         self.head = nnx.Linear(16, 8, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        @nnx.split_rngs(splits=3)
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         @nnx.remat
         def forward(x: Array, block: Block) -> Array:

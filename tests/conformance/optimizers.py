@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from programs import Array, Case, values, weights
 
 from conformance.harness import idiom
-from programs import Array, Case, values, weights
 
 
 def mlp(params: dict[str, Any], x: Array) -> Array:

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from programs import Array, Case, _foreign_mesh, descend, values, weights
 
 from conformance.harness import idiom
-from programs import Array, Case, _foreign_mesh, descend, values, weights
 
 
 @idiom()
@@ -29,8 +30,13 @@ def sorts_and_scans() -> Case:
 
         new, value = descend(w, loss)
         ranked = jnp.lexsort((x[:, 0], x[:, 1] > 0))
-        return new, value, ranked, jnp.argsort(x, axis=0, descending=True), jnp.median(x, axis=1), jnp.unique(
-            (x > 0).astype(jnp.int32), size=2
+        return (
+            new,
+            value,
+            ranked,
+            jnp.argsort(x, axis=0, descending=True),
+            jnp.median(x, axis=1),
+            jnp.unique((x > 0).astype(jnp.int32), size=2),
         )
 
     return Case(step=step, args=(weights(16, 16), values(16, 16)), carries=0)
@@ -146,8 +152,12 @@ def linear_algebra_with_gradients() -> Case:
             return total + jnp.linalg.svd(a, compute_uv=False).mean() + jnp.linalg.inv(a).mean() + jnp.trace(q[0])
 
         new, value = descend(w, loss)
-        return new, value, jnp.linalg.norm(x, axis=(1, 2)), jax.scipy.linalg.expm(x / 8), jnp.linalg.matrix_power(
-            x / 8, 3
+        return (
+            new,
+            value,
+            jnp.linalg.norm(x, axis=(1, 2)),
+            jax.scipy.linalg.expm(x / 8),
+            jnp.linalg.matrix_power(x / 8, 3),
         )
 
     return Case(step=step, args=(jnp.ones((8, 8)), values(8, 8, 8)), carries=0)
@@ -377,7 +387,7 @@ def rematerialization_policies() -> Case:
 
     def step(params: list[Array], x: Array) -> tuple[Any, Array]:
         def layer(h: Array, w: Array) -> Array:
-            h = jax.ad_checkpoint.checkpoint_name(h @ w, "hidden")
+            h = checkpoint_name(h @ w, "hidden")
             return jnp.tanh(h) * jax.nn.sigmoid(h)
 
         def loss(params: list[Array]) -> Array:
@@ -459,7 +469,7 @@ def physics_informed() -> Case:
     return Case(step=step, args=(params, values(16, 2)), carries=0)
 
 
-@idiom()
+@idiom(warns="'pallas_call'")
 def pallas_kernel() -> Case:
     """Interpreted: without a rule of its own it runs whole."""
 
@@ -469,9 +479,9 @@ def pallas_kernel() -> Case:
     def multiplied(x: Array, y: Array) -> Array:
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         spec = pl.BlockSpec((8, 16), lambda i: (i, 0))
-        return pl.pallas_call(kernel, out_shape=shape, grid=(2,), in_specs=[spec, spec], out_specs=spec, interpret=True)(
-            x, y
-        )
+        return pl.pallas_call(
+            kernel, out_shape=shape, grid=(2,), in_specs=[spec, spec], out_specs=spec, interpret=True
+        )(x, y)
 
     def step(w: Array, x: Array) -> tuple[Array, Array]:
         h = multiplied(x @ w, x)
@@ -487,7 +497,9 @@ def constraints_on_a_mesh_of_its_own() -> Case:
     def step(params: Any, x: Array) -> tuple[Any, Array]:
         def loss(params: Any) -> Array:
             h = lax.with_sharding_constraint(x @ params["up"], NamedSharding(mesh, P("data", "model")))
-            return (lax.with_sharding_constraint(jax.nn.relu(h) @ params["down"], NamedSharding(mesh, P("data"))) ** 2).mean()
+            return (
+                lax.with_sharding_constraint(jax.nn.relu(h) @ params["down"], NamedSharding(mesh, P("data"))) ** 2
+            ).mean()
 
         return descend(params, loss)
 
