@@ -29,8 +29,8 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     static_argnums: tuple[int, ...] = ()
     donate_argnums: tuple[int, ...] = ()
-    carries: int | None = None
-    """The argument that the first result replaces in the next step, if there are to be several."""
+    carries: int | tuple[int, ...] | None = None
+    """The arguments that the first results replace in the next step, if there are to be several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +281,32 @@ def switch_under_grad() -> Case:
         return descend(params, loss_fn)
 
     return Case(step=step, args=({"a": weights(16, 16), "b": weights(16, 16, seed=2)}, values(8, 16), jnp.int32(1)))
+
+
+@program()
+def cond_with_a_literal_in_one_branch() -> Case:
+    """A skipped step hands on a zero that no equation makes."""
+
+    def step(state: dict[str, Array], x: Array) -> tuple[Any, Array]:
+        loss = (jnp.tanh(x @ state["w"]) ** 2).mean()
+        skipped = {"w": state["w"], "good": jnp.int32(0)}
+        grown = {"w": state["w"] * 0.9, "good": state["good"] + 1}
+        return jax.lax.cond(loss > 0.1, lambda: grown, lambda: {**skipped, "good": jnp.int32(0)}), loss
+
+    return Case(step=step, args=({"w": weights(16, 16), "good": jnp.int32(3)}, values(8, 16)), carries=0)
+
+
+@program()
+def while_loop_of_each_example() -> Case:
+    """Under `vmap` the test is one for each example, and examples that are done stay as they are."""
+
+    def step(w: Array, x: Array) -> Array:
+        def shrink(h: Array) -> Array:
+            return jax.lax.while_loop(lambda c: jnp.abs(c @ w).max() > 0.5, lambda c: c * 0.7, h)
+
+        return jax.vmap(shrink)(x)
+
+    return Case(step=step, args=(weights(16, 16), values(8, 16)))
 
 
 @program()
@@ -649,6 +675,39 @@ def gather_and_scatter() -> Case:
         )
 
     return Case(step=step, args=(values(16, 16), jnp.arange(8) * 2 % 16, values(8, 16, seed=1)))
+
+
+@program()
+def rows_scattered_onto_a_matrix_as_large() -> Case:
+    """As many updates as rows: what is summed over and what indexes the sum are two factors of one size."""
+
+    def step(x: Array, rows: Array) -> Array:
+        return jnp.tanh(x).at[jnp.arange(16), rows].add(jnp.sin(x[:, 0]))
+
+    return Case(step=step, args=(values(16, 16), values(16, dtype="int32")))
+
+
+@program()
+def constants_that_several_read() -> Case:
+    """Padding of ones: made once, for readers that split it in two ways and for one that needs it whole."""
+
+    def step(w: Array, x: Array) -> tuple[Array, Array]:
+        mask = jnp.pad(jnp.ones((8, 16)), ((4, 4), (0, 0)))
+        h = (x * mask) @ w
+        return jnp.sort(h * mask, axis=1), jnp.sort(h.T * mask, axis=1) + mask[:, ::-1]
+
+    return Case(step=step, args=(weights(16, 16), values(16, 16)))
+
+
+@program()
+def greedy_choice_over_a_split_vocabulary() -> Case:
+    """The index of the largest is reduced beside the largest itself: it cannot be scattered."""
+
+    def step(w: Array, x: Array) -> tuple[Array, Array]:
+        chosen = (x @ w).argmax(-1)
+        return chosen, w.T[chosen] * 2
+
+    return Case(step=step, args=(weights(16, 64), values(16, 16)))
 
 
 @program()

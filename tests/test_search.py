@@ -34,6 +34,7 @@ from ffjax.strategies.priced_memory import solve_within
 from ffjax.strategies.problem import Problem, assignments, build_problem, choice_of, restrict, total_seconds
 from ffjax.strategies.search import AUTO, search
 from ffjax.strategies.solver import Solver
+from tests.random_programs import Pick, drawn_picks, random_step
 
 MOST_CHOICES = 3_000
 """Choices that are tried one by one."""
@@ -46,27 +47,7 @@ quick = settings(
 )
 
 
-def random_step(picks: Sequence[tuple[int, int, int]]) -> Callable[..., Any]:
-    """A program of a few ops over square arrays: each pick is an op and the two values that it reads."""
-
-    def step(*args: jax.Array) -> tuple[jax.Array, ...]:
-        values = list(args)
-        for op, a, b in picks:
-            x, y = values[a % len(values)], values[b % len(values)]
-            match op:
-                case 0 | 1:
-                    values.append(x @ y)
-                case 2:
-                    values.append(jnp.tanh(x) + y)
-                case 3:
-                    values.append(jnp.sum(x, axis=0, keepdims=True) * y)
-                case 4:
-                    values.append(x.T - y)
-                case _:
-                    values.append(jnp.cumsum(x, axis=0))
-        return tuple(values[len(args) :])
-
-    return step
+KINDS = ("dot", "dot", "elementwise", "scaled by a sum", "transposed", "cumsum")
 
 
 def slow_links() -> Cluster:
@@ -87,22 +68,20 @@ def choices(problem: Problem) -> itertools.product[tuple[int, ...]]:
     return itertools.product(*(range(len(n.candidates)) for n in problem.nodes))
 
 
-programs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6)
+programs = drawn_picks(KINDS, 6)
 meshes = st.sampled_from([MeshShape(("x",), (4,)), MeshShape(("x", "y"), (2, 2))])
 
 
-def small_problem(picks: Sequence[tuple[int, int, int]], mesh: MeshShape, size: int = 512) -> Problem:
+def small_problem(picks: Sequence[Pick], mesh: MeshShape, size: int = 512) -> Problem:
     shapes = [jax.ShapeDtypeStruct((size, size), jnp.float32)] * 2
-    problem = problem_of(regions_of(random_step(picks), *shapes), mesh, slow_links())
+    problem = problem_of(regions_of(random_step(picks, results=None), *shapes), mesh, slow_links())
     assume(1 < math.prod(len(n.candidates) for n in problem.nodes) <= MOST_CHOICES)
     return problem
 
 
 @quick
 @given(picks=programs, mesh=meshes)
-def test_the_linear_program_finds_what_trying_everything_finds(
-    picks: list[tuple[int, int, int]], mesh: MeshShape
-) -> None:
+def test_the_linear_program_finds_what_trying_everything_finds(picks: list[Pick], mesh: MeshShape) -> None:
     problem = small_problem(picks, mesh)
     best = min(total_seconds(problem, choice) for choice in choices(problem))
     found = solve(problem)
@@ -114,9 +93,7 @@ def test_the_linear_program_finds_what_trying_everything_finds(
 
 @quick
 @given(picks=programs, mesh=meshes, exposed=st.sampled_from([0.5, 0.1]))
-def test_the_solver_finds_what_trying_everything_finds(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, exposed: float
-) -> None:
+def test_the_solver_finds_what_trying_everything_finds(picks: list[Pick], mesh: MeshShape, exposed: float) -> None:
     """Also from where it ended on the same problem with other costs."""
     solver = Solver()
     whole = small_problem(picks, mesh)
@@ -132,7 +109,7 @@ def test_the_solver_finds_what_trying_everything_finds(
 @quick
 @given(picks=programs, mesh=meshes, sweeps=st.integers(1, 4))
 def test_the_ascent_bounds_every_choice_and_drops_none_that_is_good(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, sweeps: int
+    picks: list[Pick], mesh: MeshShape, sweeps: int
 ) -> None:
     problem = small_problem(picks, mesh)
     ascent = Ascent(problem)
@@ -150,9 +127,7 @@ def test_the_ascent_bounds_every_choice_and_drops_none_that_is_good(
 
 @quick
 @given(picks=programs, mesh=meshes, seed=st.integers(0, 99))
-def test_a_restricted_problem_prices_choices_alike(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int
-) -> None:
+def test_a_restricted_problem_prices_choices_alike(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     problem = small_problem(picks, mesh)
     rng = np.random.default_rng(seed)
     kept = [sorted(set(rng.integers(len(n.candidates), size=3).tolist())) for n in problem.nodes]
@@ -165,9 +140,7 @@ def test_a_restricted_problem_prices_choices_alike(
 
 @quick
 @given(picks=programs, mesh=meshes, seed=st.integers(0, 99))
-def test_a_solution_is_never_worse_than_its_starts(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int
-) -> None:
+def test_a_solution_is_never_worse_than_its_starts(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     problem = small_problem(picks, mesh)
     rng = np.random.default_rng(seed)
     starts = [[int(rng.integers(len(n.candidates))) for n in problem.nodes] for _ in range(2)]
@@ -178,9 +151,7 @@ def test_a_solution_is_never_worse_than_its_starts(
 
 @quick
 @given(picks=programs, mesh=meshes, share=st.floats(0.0, 1.0))
-def test_a_budget_is_kept_and_found_where_there_is_one(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, share: float
-) -> None:
+def test_a_budget_is_kept_and_found_where_there_is_one(picks: list[Pick], mesh: MeshShape, share: float) -> None:
     """Against trying everything: what fits is found, and what is found fits."""
     problem = small_problem(picks, mesh)
     times = lifetimes(problem.regions.graph)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core
 import numpy as np
 
 from ffjax.errors import FfjaxWarning
@@ -25,7 +26,9 @@ from ffjax.ir.compat import (
     eliminate_dead_code,
     is_extended,
     placed,
+    shape_of,
     source_line,
+    struct_of,
     with_equations,
 )
 
@@ -108,7 +111,7 @@ class _Body:
 
     def add(self, jaxpr: Jaxpr, env: dict[Var, Atom]) -> None:
         for eqn in jaxpr.eqns:
-            eqn = placed(eqn, self.caller)  # noqa: PLW2901
+            eqn = _scalar_test(placed(eqn, self.caller))  # noqa: PLW2901
             operands = [self.read(v, env) for v in eqn.invars]
             name = eqn.primitive.name
             if name in _CALLS and not is_barrier(eqn):
@@ -193,6 +196,38 @@ def _identity(eqn: JaxprEqn, operands: Sequence[Atom]) -> object | None:
         return None
     atoms = tuple((str(a.aval), np.asarray(a.val).tobytes()) if isinstance(a, Literal) else id(a) for a in operands)
     return (eqn.primitive, params, atoms, eqn.ctx.compute_type)
+
+
+def _scalar_test(eqn: JaxprEqn) -> JaxprEqn:
+    """A loop whose test is one for each example (a `while_loop` under `vmap`) as one that tests whether any goes on.
+
+    That is what JAX lowers it to; here the reduction over examples, and the examples that stay, are ops to plan.
+    """
+    if eqn.primitive.name != "while" or not shape_of(eqn.params["cond_jaxpr"].jaxpr.outvars[0]):
+        return eqn
+    test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    tested, read = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+    def goes_on(*args: jax.Array) -> jax.Array:
+        each: jax.Array = jax.extend.core.jaxpr_as_fun(test)(*args)[0]
+        return each.any()
+
+    def advance(*args: jax.Array) -> list[jax.Array]:
+        consts, carry = args[:tested], args[tested + read :]
+        each = jax.extend.core.jaxpr_as_fun(test)(*consts, *carry)[0]
+        new = jax.extend.core.jaxpr_as_fun(body)(*args[tested:])
+        return [
+            jax.lax.select(jax.lax.broadcast_in_dim(each, a.shape, range(each.ndim)), a, b)
+            for a, b in zip(new, carry, strict=True)
+        ]
+
+    avals = [struct_of(v) for v in (*eqn.invars[:tested], *body.jaxpr.invars)]
+    params = dict(eqn.params) | {
+        "cond_jaxpr": jax.make_jaxpr(goes_on)(*avals[:tested], *avals[tested + read :]),
+        "body_jaxpr": jax.make_jaxpr(advance)(*avals),
+        "body_nconsts": tested + read,
+    }
+    return eqn.replace(invars=[*eqn.invars[:tested], *eqn.invars], params=params)
 
 
 def _insert(eqn: JaxprEqn, operands: list[Atom], extra: dict[str, list[Atom]]) -> list[Atom]:

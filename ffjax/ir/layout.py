@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.halo import Cut, exchanges, halos, split_halos
+from ffjax.ir.op_kinds import ends_in_its_sum
 from ffjax.ir.regions import Dims, Regions
 from ffjax.ir.reshard_chain import Hop, reshard_chain
 from ffjax.ir.spec import Collective, CollectiveKind, MeshShape, Spec, shard_count
@@ -187,7 +188,7 @@ class Layout:
         home, partial = self.home(value), self.partial(value)
         if home != partial:
             return True
-        if len(reads) != 1:
+        if len(reads) != 1 or not ends_in_its_sum(self.graph.ops[self.graph.values[value].producer]):
             return False
         way = self.way(value, *reads)
         if not way or way[0].step is not None:

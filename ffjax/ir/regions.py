@@ -109,6 +109,9 @@ class _Joiner:
                 for dim in dims:
                     for atom in dim:
                         self.where.setdefault(atom, set()).add((op.id, slot))
+            # What is summed over cannot index the sum.
+            for atom in self.reduced(op):
+                self.where[atom] |= {(op.id, len(operands) + slot) for slot in range(len(results))}
         self.consumers: list[list[tuple[int, int]]] = [[] for _ in graph.values]
         for op in graph.ops:
             for index, value in enumerate(op.operands):
@@ -387,11 +390,12 @@ def _delay(region: Region, shared: set[int]) -> None:
 
 
 def _indexed_twice(region: Region) -> set[int]:
-    """Atoms that index two dimensions of one value, which no mesh axis can split."""
+    """Atoms that index two dimensions of one value, or a sum and what is summed: no mesh axis can split both."""
     twice: set[int] = set()
     for dims in region.dims:
         for value in dims.operands + dims.results:
             flat = [a for dim in value for a in dim]
             if len(flat) != len(set(flat)):
                 twice |= {a for a in flat if flat.count(a) > 1}
+        twice |= {a for value in dims.results for dim in value for a in dim if a in dims.reduced}
     return twice
