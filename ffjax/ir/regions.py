@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, Factors
+from ffjax.ir.atoms import Atoms, View
+from ffjax.ir.compose import NEED_REPLICATION
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.merging import merged_copies, merged_sums
 from ffjax.ir.op_kinds import is_light, is_reduction
@@ -97,21 +98,8 @@ def find_regions(graph: Graph) -> Regions:
 class _Joiner:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.factors = Factors()
-        # By op: the atoms of each operand's and each result's dimensions.
-        self.dims: list[tuple[list[list[list[int]]], list[list[list[int]]]]] = []
-        # By atom: which values it indexes, so that a join that would index one twice is seen.
-        self.where: dict[int, set[tuple[int, int]]] = {}
-        for op in graph.ops:
-            operands, results = self.factors.instantiate(op.rule)
-            self.dims.append((operands, results))
-            for slot, dims in enumerate(operands + results):
-                for dim in dims:
-                    for atom in dim:
-                        self.where.setdefault(atom, set()).add((op.id, slot))
-            # What is summed over cannot index the sum.
-            for atom in self.reduced(op):
-                self.where[atom] |= {(op.id, len(operands) + slot) for slot in range(len(results))}
+        self.atoms = Atoms(graph)
+        self.factors, self.dims = self.atoms.factors, self.atoms.dims
         self.consumers: list[list[tuple[int, int]]] = [[] for _ in graph.values]
         for op in graph.ops:
             for index, value in enumerate(op.operands):
@@ -123,7 +111,7 @@ class _Joiner:
     def join(self) -> Regions:
         graph = self.graph
         for (op_a, side_a, i), (op_b, side_b, j) in graph.ties:
-            self.unify(self.port(op_a, side_a, i), self.port(op_b, side_b, j), force=True)
+            self.atoms.unify(self.atoms.port(op_a, side_a, i), self.atoms.port(op_b, side_b, j), force=True)
         self.join_sums()
         for op in graph.ops:
             if not self.light[op.id]:
@@ -132,13 +120,10 @@ class _Joiner:
                 if value != NO_VALUE and self.follows(op, value):
                     producer = graph.values[value].producer
                     result = graph.ops[producer].results.index(value)
-                    self.unify(self.dims[producer][1][result], self.dims[op.id][0][index])
+                    self.atoms.unify(self.dims[producer][1][result], self.dims[op.id][0][index])
         self.join_reductions()
         self.join_namesakes()
         return self.collect()
-
-    def port(self, op: int, side: str, index: int) -> list[list[int]]:
-        return self.dims[op][0 if side == "operand" else 1][index]
 
     def follows(self, op: Op, value: int) -> bool:
         """Whether an op takes over the sharding of the value that it reads."""
@@ -156,23 +141,18 @@ class _Joiner:
 
     def join_sums(self) -> None:
         """The contractions of a delayed sum and the ops that add them up are one region, sharded alike."""
-        name = self.names()
-        contracted = Contracted(atoms=self.contracted, size=self.factors.size, name=lambda atom: name[atom])
+        name = self.atoms.names()
+        contracted = Contracted(atoms=self.atoms.contracted, size=self.factors.size, name=lambda atom: name[atom])
         for found in delayed_sums(self.graph, self.consumers, contracted):
             views = [*self.inside(found), *(([[a]], [[b]]) for a, b in found.pairs)]
-            if all(self.joins(a, b) for a, b in views):
+            if all(self.atoms.joins(a, b) for a, b in views):
                 for a, b in views:
-                    self.unify(a, b)
+                    self.atoms.unify(a, b)
                 self.sums.append(found)
                 for op in found.ops:
                     self.light[op] = False
 
-    def contracted(self, op: Op) -> list[int]:
-        """The atoms that an op reduces over and that can be split."""
-        kept = NEED_REPLICATION | PERMUTATION
-        return [a for a in dict.fromkeys(self.reduced(op)) if not self.factors.kind(a) & kept]
-
-    def inside(self, found: DelayedSum) -> Iterable[tuple[list[list[int]], list[list[int]]]]:
+    def inside(self, found: DelayedSum) -> Iterable[tuple[View, View]]:
         """Both views of each value that passes from one op of a delayed sum to the next."""
         for op in (self.graph.ops[o] for o in found.ops):
             for index, value in enumerate(op.operands):
@@ -181,7 +161,7 @@ class _Joiner:
 
     def join_reductions(self) -> None:
         """A reduction whose result comes back to its operand's region (mean, max, norm) belongs to it."""
-        roots = self.components()
+        roots = self.atoms.components()
         joined: dict[int, int] = {}
 
         def root(op: int) -> int:
@@ -199,9 +179,9 @@ class _Joiner:
                 continue
             readers = [(c, i) for c, i in self.consumers[op.results[0]] if self.light[c]]
             if any(root(c) == root(producer.id) for c, _ in readers):
-                self.unify(self.dims[producer.id][1][producer.results.index(value.id)], self.dims[op.id][0][0])
+                self.atoms.unify(self.dims[producer.id][1][producer.results.index(value.id)], self.dims[op.id][0][0])
                 for c, i in readers:
-                    self.unify(self.dims[op.id][1][0], self.dims[c][0][i])
+                    self.atoms.unify(self.dims[op.id][1][0], self.dims[c][0][i])
                     if root(c) != root(producer.id):
                         joined[root(c)] = root(producer.id)
 
@@ -210,103 +190,20 @@ class _Joiner:
 
         Two computations that share only a small table have a batch each: one mesh axis could not split both.
         """
-        name, parts = self.names(), self.components()
-        atoms = {a for a in self.where if self.factors.find(a) == a}
+        name, parts = self.atoms.names(), self.atoms.components()
+        atoms = {a for a in self.atoms.where if self.factors.find(a) == a}
         alike: dict[tuple[int, int, int], list[int]] = {}
         for atom in sorted(atoms):
-            key = (parts[min(self.where[atom])[0]], name[atom], self.factors.size(atom))
+            key = (parts[min(self.atoms.where[atom])[0]], name[atom], self.factors.size(atom))
             alike.setdefault(key, []).append(atom)
         for group in alike.values():
             for other in group[1:]:
-                self.unify([[group[0]]], [[other]])
-
-    def names(self) -> dict[int, int]:
-        """For each atom which dimension of the program it is: atoms that meet in a value are of one name."""
-        names = Factors()
-        name = {a: names.new(self.factors.size(a)) for a in sorted(self.where) if self.factors.find(a) == a}
-        for op in self.graph.ops:
-            for index, value in enumerate(op.operands):
-                if value == NO_VALUE or self.graph.values[value].constant:
-                    continue
-                producer = self.graph.ops[self.graph.values[value].producer]
-                made = self.dims[producer.id][1][producer.results.index(value)]
-                for left, right in zip(made, self.dims[op.id][0][index], strict=True):
-                    xs, ys = self.factors.leaves(left), self.factors.leaves(right)
-                    if [self.factors.size(x) for x in xs] == [self.factors.size(y) for y in ys]:
-                        for x, y in zip(xs, ys, strict=True):
-                            names.merge(name[x], name[y])
-        return {atom: names.find(own) for atom, own in name.items()}
-
-    def components(self) -> list[int]:
-        """For each op the first op of its region: ops that share an atom are in one."""
-        parent = list(range(len(self.graph.ops)))
-        owner: dict[int, int] = {}
-
-        def find(op: int) -> int:
-            while parent[op] != op:
-                parent[op] = parent[parent[op]]
-                op = parent[op]
-            return op
-
-        for op in self.graph.ops:
-            for side in self.dims[op.id]:
-                for value in side:
-                    for dim in value:
-                        for atom in self.factors.leaves(dim):
-                            a, b = find(op.id), find(owner.setdefault(atom, op.id))
-                            if a != b:
-                                parent[max(a, b)] = min(a, b)
-        return [find(op.id) for op in self.graph.ops]
-
-    def unify(self, a: list[list[int]], b: list[list[int]], *, force: bool = False) -> None:
-        """Joins two views of one value, dimension by dimension, wherever that is sound."""
-        factors = self.factors
-        for left, right in zip(a, b, strict=True):
-            xs, ys = factors.leaves(left), factors.leaves(right)
-            if [factors.size(x) for x in xs] != [factors.size(y) for y in ys]:
-                if force:
-                    factors.unify(left, right)
-                continue
-            for x, y in zip(xs, ys, strict=True):
-                if x == y:
-                    continue
-                if force or self.joins_atoms(x, y):
-                    factors.merge(x, y)
-                    small, large = sorted((self.where.pop(x, set()), self.where.pop(y, set())), key=len)
-                    large |= small
-                    self.where[factors.find(x)] = large
-
-    def joins(self, a: list[list[int]], b: list[list[int]]) -> bool:
-        """Whether `unify` would make two views of a value one."""
-        factors = self.factors
-        for left, right in zip(a, b, strict=True):
-            xs, ys = factors.leaves(left), factors.leaves(right)
-            if [factors.size(x) for x in xs] != [factors.size(y) for y in ys]:
-                return False
-            if not all(x == y or self.joins_atoms(x, y) for x, y in zip(xs, ys, strict=True)):
-                return False
-        return True
-
-    def joins_atoms(self, x: int, y: int) -> bool:
-        """Whether two atoms can be one: both or neither can be split, and no value has both."""
-        alike = (self.factors.kind(x) ^ self.factors.kind(y)) & (NEED_REPLICATION | PERMUTATION) == 0
-        small, large = sorted((self.where.get(x, set()), self.where.get(y, set())), key=len)
-        return alike and small.isdisjoint(large)
-
-    def reduced(self, op: Op) -> Iterable[int]:
-        """The atoms of an op's reduction factors."""
-        if op.rule.reduction:
-            for value, dims in zip(op.rule.operands, self.dims[op.id][0], strict=True):
-                for dim, atoms in zip(value, dims, strict=True):
-                    factors = [f for f in dim if op.rule.sizes[f] > 1]
-                    for factor, atom in zip(factors, atoms, strict=True):
-                        if factor in op.rule.reduction:
-                            yield from self.factors.leaves((atom,))
+                self.atoms.unify([[group[0]]], [[other]])
 
     def collect(self) -> Regions:
         """Numbers the regions and, within each, its atoms, both in the order of the ops."""
         graph, factors = self.graph, self.factors
-        roots = self.components()
+        roots = self.atoms.components()
         resolved: list[tuple[list[tuple[tuple[int, ...], ...]], list[tuple[tuple[int, ...], ...]]]] = []
         for op in graph.ops:
             both = tuple(
@@ -332,7 +229,7 @@ class _Joiner:
 
             operands = tuple(name(v) for v in resolved[op.id][0])
             results = tuple(name(v) for v in resolved[op.id][1])
-            reduced = tuple(dict.fromkeys(names[leaf] for leaf in self.reduced(op)))
+            reduced = tuple(dict.fromkeys(names[leaf] for leaf in self.atoms.reduced(op)))
             region.ops.append(op.id)
             ports.append(OpDims(operands=operands, results=results, reduced=reduced))
             region.dims.append(ports[-1])
