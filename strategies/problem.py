@@ -271,25 +271,10 @@ def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
     return float(total)
 
 
-def choice_of(problem: Problem, assigned: Sequence[Assignment]) -> tuple[int, ...] | None:
-    """The choice that gives each family what its first region has; None where that is no candidate."""
-    choice = []
-    for node in problem.nodes:
-        wanted = assigned[node.regions[0]]
-        if wanted not in node.candidates:
-            return None
-        choice.append(node.candidates.index(wanted))
-    return tuple(choice)
-
-
-def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
-    """The objective of one choice of candidates, a candidate index for each node."""
-    total = sum(float(n.cost_s[c]) for n, c in zip(problem.nodes, choice, strict=True))
-    for transfer in problem.transfers:
-        row = transfer.row_of[choice[transfer.source]]
-        targets = {int(c.column_of[choice[c.node]]) for c in transfer.consumers}
-        total += float(transfer.seconds[row, list(targets)].sum())
-    return total
+def forbidden_seconds(problem: Problem) -> float:
+    """What stands for infinite seconds where infinities would spoil sums: dearer than all that is allowed."""
+    costs = [n.cost_s for n in problem.nodes] + [t.seconds[np.isfinite(t.seconds)] for t in problem.transfers]
+    return 10 * sum(float(c.max(initial=0.0)) for c in costs)
 
 
 def restrict(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:

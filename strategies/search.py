@@ -29,11 +29,11 @@ from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
+from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import EXPOSED, overlapped
 from ffjax.strategies.priced_memory import solve_within
 from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds
 from ffjax.strategies.roles import Roles
-from ffjax.strategies.solver import Solver
 
 MOST_AXES = 2
 """Of the meshes that are tried when none is given."""
