@@ -3,7 +3,7 @@
 | method | module | what it does | what it proves |
 | --- | --- | --- | --- |
 | exact | `ilp.py` | the whole problem as an integer linear program | the optimum |
-| default | `solver.py`, `dual_ascent.py` | dual ascent; what it leaves in doubt as an integer program | the optimum, or a gap |
+| default | `solver.py`, `dual_ascent.py` | dual ascent; what it leaves as an integer program | the optimum, or a gap |
 | decomposition | `decomposition.py` | dynamic programming over boundary shardings | the optimum, or a gap |
 | named dimensions | `named_dimensions.py` | beam search over the program's named dimensions | nothing |
 | mcmc | `mcmc.py` | simulated annealing over the sum of costs | nothing |
@@ -21,9 +21,10 @@ from ffjax.strategies.methods.decomposition import Decomposition
 from ffjax.strategies.methods.ilp import Exact
 from ffjax.strategies.methods.mcmc import MCMC
 from ffjax.strategies.methods.named_dimensions import NamedDimensions
+from ffjax.strategies.methods.refinement import Refinement
 from ffjax.strategies.methods.solver import Solver
 
 METHODS: tuple[Callable[[], Method], ...] = (Exact, Solver, Decomposition, NamedDimensions, MCMC)
 """Those that minimise the sum of costs."""
 
-__all__ = ["MCMC", "METHODS", "Decomposition", "Exact", "Method", "NamedDimensions", "Solution", "Solver"]
+__all__ = ["MCMC", "METHODS", "Decomposition", "Exact", "Method", "NamedDimensions", "Refinement", "Solution", "Solver"]

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ffjax.strategies.methods.base import Solution
 from ffjax.strategies.methods.dual_ascent import Ascent, Loop, Pair
-from ffjax.strategies.problem import Problem, Transfer, restrict, total_seconds
+from ffjax.strategies.problem import Problem, Transfer, restrict
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -120,7 +120,8 @@ class _Frontier:
                 of_transfer[loop.transfer].loops.append(loop)
         self.undecided = [len(near) for near in self.neighbours]
         self.chosen = np.full((1, len(nodes)), -1, np.int64)
-        self.below_s = np.array([sum(float(t.min()) for t in self.theta) + sum(float(p.slack.min()) for p in ascent.pairs)])
+        least_s = sum(float(t.min()) for t in self.theta) + sum(float(p.slack.min()) for p in ascent.pairs)
+        self.below_s = np.array([least_s])
         self.dropped_s = limit_s
         self.decided: set[int] = set()
 

@@ -7,7 +7,7 @@ Only a node's own transfers are looked at, and what is known of a node stays tru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +52,7 @@ class Moves:
     def extra(self, node: int) -> Floats:
         """For each candidate of a node what taking it would add to the total."""
         seconds = self.seconds(node)
-        return seconds - seconds[self.choice[node]]
+        return seconds - float(seconds[self.choice[node]])
 
     def move(self, node: int, candidate: int) -> None:
         """Takes another candidate of a node."""
@@ -61,18 +61,17 @@ class Moves:
             for other in self.neighbours[node]:
                 self._known.pop(other, None)
 
-    def descend(self, nodes: Sequence[int] | None = None) -> None:
-        """Gives nodes (all by default) their best candidate in turn, until none gains."""
-        todo = dict.fromkeys(range(len(self.choice)) if nodes is None else nodes)
-        allowed = set(todo)
+    def descend(self, fixed: Collection[int] = (), begin: Iterable[int] | None = None) -> None:
+        """Gives nodes their best candidate in turn, until none gains: all but `fixed` ones, from `begin` outwards."""
+        todo = dict.fromkeys(range(len(self.choice)) if begin is None else begin)
         while todo:
             node = next(iter(todo))
             del todo[node]
             extra = self.extra(node)
             best = int(np.argmin(extra))
-            if extra[best] < -_LEAST_GAIN * abs(float(self.seconds(node)[best])):
+            if node not in fixed and extra[best] < -_LEAST_GAIN * abs(float(self.seconds(node)[best])):
                 self.move(node, best)
-                todo.update(dict.fromkeys(n for n in self.neighbours[node] if n in allowed))
+                todo.update(dict.fromkeys(self.neighbours[node]))
 
     def _priced(self, node: int) -> Floats:
         total = self._cost[node].copy()
