@@ -19,7 +19,8 @@ from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims
 from ffjax.ir.spec import shard_count
-from ffjax.strategies.ilp import Instant, Solution
+from ffjax.strategies.methods.base import Solution
+from ffjax.strategies.methods.ilp import Instant
 from ffjax.strategies.problem import Problem, assignments
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel
 from ffjax.strategies.budget import Fit, fit_of, instant
-from ffjax.strategies.ilp import Instant
+from ffjax.strategies.methods.ilp import Instant
+from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.problem import Problem, total_seconds
-from ffjax.strategies.solver import Solver
 
 _CHEAPEST, _DEAREST = 0.01, 30.0
 """Prices of all memory, in steps, between which the bisection looks."""

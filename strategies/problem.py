@@ -297,6 +297,12 @@ def _joined(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Ints]:
     return joined, np.concatenate([np.zeros(1, np.intp), ends[:-1]]) if arrays else np.zeros(0, np.intp)
 
 
+def forbidden_seconds(problem: Problem) -> float:
+    """What stands for infinite seconds where infinities would spoil sums: dearer than all that is allowed."""
+    costs = [n.cost_s for n in problem.nodes] + [t.seconds[np.isfinite(t.seconds)] for t in problem.transfers]
+    return 10 * sum(float(c.max(initial=0.0)) for c in costs)
+
+
 def restrict(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:
     """The problem with only some candidates of each node."""
     nodes = []

@@ -1,15 +1,17 @@
 """The search: all named strategies and the free space, on all meshes that make sense, within a memory budget.
 
 1. Every named strategy that has a use for a mesh is solved on every mesh; restricted problems are small.
-2. On the meshes where they did best the free problem is solved to a proved gap (`solver`), from where they ended. A
-   sum of costs sees no overlap, so where collectives run beside kernels it is solved for several guesses of how much
-   is hidden (`overlap`).
+2. On the meshes where they did best the free problem is solved to a proved gap (`methods/solver.py`), from where they
+   ended. A sum of costs sees no overlap, so where collectives run beside kernels it is solved for several guesses of
+   how much is hidden (`overlap`).
 3. What does not fit is solved again with a price on memory (`priced_memory`), which also finds what budget would do.
-4. Solutions are simulated, and the fastest that fits is the answer: never worse than the best named strategy.
+4. Solutions are simulated, and the fastest that fits is refined over the simulator (`methods/refinement.py`): never
+   worse than the best named strategy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +29,15 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
+from ffjax.strategies.budget import layout_of
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
+from ffjax.strategies.methods.refinement import Refinement
+from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import EXPOSED, overlapped
 from ffjax.strategies.priced_memory import solve_within
 from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds
 from ffjax.strategies.roles import Roles, lacking
-from ffjax.strategies.solver import Solver
 from ffjax.strategies.usage import Usage
 
 MOST_AXES = 2
@@ -54,7 +58,10 @@ class Found:
     """Its seconds if nothing overlapped: a sum of costs."""
     objective_s: float
     bound_s: float
-    """What was minimised, and what no choice in the same space can be below: the sum, or a part of what can overlap."""
+    """What was minimised, and what no choice in the same space can be below: the sum, or a part of what can overlap.
+
+    A refined plan has those of the solve that it came from.
+    """
     peak: Peak
     fits: bool
     algorithm: str
@@ -150,6 +157,11 @@ def search(
             if progress:
                 progress(f"free search on {mesh}", 0.5 + 0.5 * done / len(chosen))
             found += search_.free(mesh, [f for f in found if f.mesh == mesh])
+    solved = time.perf_counter()
+    if strategy == AUTO and cluster.async_collectives:
+        if progress:
+            progress("refinement", 1.0)
+        found += search_.refined(found)
     if not found:
         raise ValueError(f"no candidate is left for strategy {strategy!r} on any mesh; loosen the pins")
     fitting = [f for f in found if f.fits]
@@ -158,7 +170,8 @@ def search(
     seconds = {
         "analyse": analysed - began,
         "named strategies": restricted - analysed,
-        "free search": finished - restricted,
+        "free search": solved - restricted,
+        "refine": finished - solved,
     }
     return SearchResult(
         best=best,
@@ -245,6 +258,41 @@ class _Search:
             self._problems[mesh] = build_problem(self.regions, self.keys, self.by_family, model, pins)
         return self._problems[mesh]
 
+    def refined(self, found: Sequence[Found]) -> list[Found]:
+        """The fastest plan that fits, if the simulator finds a better one near it."""
+        began = time.perf_counter()
+        start = min(
+            (f for f in found if f.fits and f.mesh in self._problems), key=lambda f: f.predicted_s, default=None
+        )
+        if start is None:
+            return []
+        problem = self._problem(start.mesh)
+        choice = choice_of(problem, start.layout.assignments)
+        free = start if start.strategy == AUTO else next((f for f in found if f.problem is problem), None)
+        if choice is None or free is None:
+            return []
+        method = Refinement(
+            self._simulator(start.mesh),
+            lambda c: self.memory.peak(layout_of(problem, c)).bytes <= self.budget_bytes,
+        )
+        solution = method.solve(problem, [choice])
+        if solution is None or solution.choice == choice:
+            return []
+        layout = layout_of(problem, solution.choice)
+        return [
+            dataclasses.replace(
+                free,
+                step_s=total_seconds(problem, solution.choice),
+                peak=self.memory.peak(layout),
+                fits=True,
+                algorithm=f"{free.algorithm}, {method.name}",
+                seconds=time.perf_counter() - began,
+                choice=solution.choice,
+                layout=layout,
+                simulated=self._simulated(layout),
+            )
+        ]
+
     def _solved(
         self,
         name: str,
@@ -279,9 +327,12 @@ class _Search:
         )
 
     def _simulated(self, layout: Layout) -> Simulated:
+        return self._simulator(layout.mesh).run(layout.assignments)
+
+    def _simulator(self, mesh: MeshShape) -> Simulator:
         if self._tasks is None:
             self._tasks = build_task_graph(self.regions, self.kernels)
-        if layout.mesh not in self._simulators:
-            model = CollectiveModel(layout.mesh, self.cluster)
-            self._simulators[layout.mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)
-        return self._simulators[layout.mesh].run(layout.assignments)
+        if mesh not in self._simulators:
+            model = CollectiveModel(mesh, self.cluster)
+            self._simulators[mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)
+        return self._simulators[mesh]

@@ -26,14 +26,14 @@ from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
 from ffjax.planner import trace_step
 from ffjax.strategies.budget import layout_of
-from ffjax.strategies.dual_ascent import Ascent
 from ffjax.strategies.families import family_keys
-from ffjax.strategies.ilp import solve
+from ffjax.strategies.methods.dual_ascent import Ascent
+from ffjax.strategies.methods.ilp import solve
+from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import overlapped
 from ffjax.strategies.priced_memory import solve_within
 from ffjax.strategies.problem import Problem, assignments, build_problem, choice_of, restrict, total_seconds
 from ffjax.strategies.search import AUTO, search
-from ffjax.strategies.solver import Solver
 from tests.random_programs import Pick, drawn_picks, random_step
 
 MOST_CHOICES = 3_000

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.strategies.problem import Problem, Totals, Transfer
+from ffjax.strategies.problem import Problem, Totals, Transfer, forbidden_seconds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -46,7 +46,7 @@ class _Groups:
 
 
 @dataclass(slots=True, eq=False)
-class _Pair:
+class Pair:
     """One reader of one transfer. `slack` is its share of the seconds and all messages; rows are what is made."""
 
     transfer: int
@@ -65,7 +65,7 @@ class _Pair:
 
 
 @dataclass(slots=True, eq=False)
-class _Alone:
+class Alone:
     """Seconds of a transfer that depend on one node alone: it reads what it makes, or the other has no choice."""
 
     transfer: int
@@ -79,6 +79,8 @@ class Ascent:
     """The dual of a problem, and of those that differ from it in costs alone.
 
     Attributes:
+      theta: for each node what its candidates cost, messages and loops included.
+      pairs, loops: readers of transfers; theta and the pairs' slack of a choice add up to no more than its seconds.
       best: the best choice that was met, a candidate index for each node, or None.
       best_s: its seconds.
       bound_s: proved to be no more than the optimum.
@@ -91,28 +93,27 @@ class Ascent:
         self.best_s = np.inf
         self.bound_s = -np.inf
         # What must not be is dearer than all that may be: infinities would leave no slack to pass on.
-        costs = [n.cost_s for n in problem.nodes] + [t.seconds[np.isfinite(t.seconds)] for t in problem.transfers]
-        self._forbidden_s = 10 * sum(float(c.max(initial=0.0)) for c in costs)
-        self._theta = [n.cost_s.copy() for n in problem.nodes]
-        self._pairs: list[_Pair] = []
-        self._alone: list[_Alone] = []
-        self._shared: list[tuple[int, list[_Pair]]] = []
-        at: list[list[_Pair]] = [[] for _ in problem.nodes]
+        self._forbidden_s = forbidden_seconds(problem)
+        self.theta = [n.cost_s.copy() for n in problem.nodes]
+        self.pairs: list[Pair] = []
+        self.alone: list[Alone] = []
+        self._shared: list[tuple[int, list[Pair]]] = []
+        at: list[list[Pair]] = [[] for _ in problem.nodes]
         for index, transfer in enumerate(problem.transfers):
             pairs = self._add(index, transfer)
             for pair in pairs:
                 at[pair.source].append(pair)
                 at[pair.target].append(pair)
-            self._pairs += pairs
+            self.pairs += pairs
             if len(pairs) > 1:
                 self._shared.append((index, pairs))
         nodes = range(len(problem.nodes))
         self._before = [[p for p in at[n] if min(p.source, p.target) < n] for n in nodes]
         self._after = [[p for p in at[n] if max(p.source, p.target) > n] for n in nodes]
 
-    def _add(self, index: int, transfer: Transfer) -> list[_Pair]:
+    def _add(self, index: int, transfer: Transfer) -> list[Pair]:
         """The readers of a transfer, those that are its source apart."""
-        seconds = self._finite(transfer.seconds)
+        seconds = self.finite(transfer.seconds)
         others = [c for c in transfer.consumers if c.node != transfer.source]
         rest = np.ones(seconds.shape)
         for consumer in transfer.consumers:
@@ -139,7 +140,7 @@ class Ascent:
                 continue
             share = seconds[:, columns] * portion
             pairs.append(
-                _Pair(
+                Pair(
                     transfer=index,
                     source=transfer.source,
                     target=consumer.node,
@@ -158,19 +159,19 @@ class Ascent:
     def _add_alone(
         self, transfer: int, node: int, row_of: Ints, column_of: Ints, seconds: Floats, portion: Floats
     ) -> None:
-        self._alone.append(_Alone(transfer, node, row_of, column_of, portion))
-        self._theta[node] += (seconds * portion)[row_of, column_of]
+        self.alone.append(Alone(transfer, node, row_of, column_of, portion))
+        self.theta[node] += (seconds * portion)[row_of, column_of]
 
     def reprice(self, problem: Problem) -> None:
         """Goes on with other costs: the same nodes, candidates and transfers."""
         for node, (old, new) in enumerate(zip(self.problem.nodes, problem.nodes, strict=True)):
-            self._theta[node] += new.cost_s - old.cost_s
-        before = [self._finite(t.seconds) for t in self.problem.transfers]
-        after = [self._finite(t.seconds) for t in problem.transfers]
-        for alone in self._alone:
+            self.theta[node] += new.cost_s - old.cost_s
+        before = [self.finite(t.seconds) for t in self.problem.transfers]
+        after = [self.finite(t.seconds) for t in problem.transfers]
+        for alone in self.alone:
             change = (after[alone.transfer] - before[alone.transfer]) * alone.portion
-            self._theta[alone.node] += change[alone.row_of, alone.column_of]
-        for pair in self._pairs:
+            self.theta[alone.node] += change[alone.row_of, alone.column_of]
+        for pair in self.pairs:
             old_s, new_s = before[pair.transfer][:, pair.columns], after[pair.transfer][:, pair.columns]
             kept = pair.share * (new_s / np.where(old_s > 0, old_s, 1.0))
             share = np.where(old_s > 0, kept, new_s * pair.portion)
@@ -203,9 +204,13 @@ class Ascent:
 
     def survivors(self, below_s: float) -> list[list[int]]:
         """For each node the candidates that some choice of less than `below_s` may take; all others none takes."""
-        kept = []
+        return [np.flatnonzero(least < below_s).tolist() for least in self.least_with()]
+
+    def least_with(self) -> list[Floats]:
+        """For each node and candidate what no choice that takes it can be below."""
+        found = []
         base = self._bound()
-        for node, theta in enumerate(self._theta):
+        for node, theta in enumerate(self.theta):
             least = base + theta - theta.min()
             for pair in self._before[node] + self._after[node]:
                 low = pair.slack.min()
@@ -213,18 +218,18 @@ class Ascent:
                     least = least + (pair.slack.min(axis=1) - low)[pair.row_of]
                 else:
                     least = least + (pair.slack.min(axis=0) - low)[pair.column_of]
-            kept.append(np.flatnonzero(least < below_s).tolist())
-        return kept
+            found.append(least)
+        return found
 
     def _pass(self, forward: bool) -> list[int]:
         """One pass over the nodes; returns the choice that it meets on its way."""
-        choice = [0] * len(self._theta)
-        nodes = range(len(self._theta))
+        choice = [0] * len(self.theta)
+        nodes = range(len(self.theta))
         for node in nodes if forward else reversed(nodes):
             done, coming = self._before[node], self._after[node]
             if not forward:
                 done, coming = coming, done
-            theta = self._theta[node]
+            theta = self.theta[node]
             cost = np.zeros(len(theta))
             for pair in done:
                 if pair.source == node:
@@ -272,7 +277,7 @@ class Ascent:
                 pair.slack += change
 
     def _bound(self) -> float:
-        return sum(float(t.min()) for t in self._theta) + sum(float(p.slack.min()) for p in self._pairs)
+        return sum(float(t.min()) for t in self.theta) + sum(float(p.slack.min()) for p in self.pairs)
 
-    def _finite(self, seconds: Floats) -> Floats:
+    def finite(self, seconds: Floats) -> Floats:
         return np.where(np.isfinite(seconds), seconds, self._forbidden_s)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ffjax.strategies.dual_ascent import MOST_SWEEPS, Ascent
-from ffjax.strategies.ilp import Solution, solve
+from ffjax.strategies.methods.base import Solution
+from ffjax.strategies.methods.dual_ascent import MOST_SWEEPS, Ascent
+from ffjax.strategies.methods.ilp import solve
 from ffjax.strategies.problem import Problem, restrict
 
 GAP = 1e-3
@@ -22,6 +23,8 @@ _TIME_LIMIT_S = 20.0
 
 class Solver:
     """Solves problems of one shape (nodes, candidates, transfers), each from where the last one ended."""
+
+    name = "default"
 
     def __init__(self) -> None:
         self._ascent: Ascent | None = None
