@@ -65,7 +65,8 @@ class MemoryModel:
         """For each group of values one of them."""
         self.group = np.zeros(len(self.values), dtype=np.int64)
         for index, value in enumerate(self.values.tolist()):
-            key: Hashable = (family[regions.region_of[graph.values[value].producer]], regions.home[value])
+            made_in = family[regions.region_of[graph.values[value].producer]]
+            key: Hashable = (made_in, regions.home[value], regions.may_scatter(value))
             if key not in groups:
                 groups[key] = len(self.homes)
                 self.homes.append(value)
@@ -214,8 +215,8 @@ def _gathers_inside(source: Spec, target: Spec) -> bool:
 
 def possible_sums(regions: Regions) -> list[int]:
     """Values that are partial sums where what their op reduces over is split."""
-    first = [(region, regions.graph.ops[region.ops[0]].results) for region in regions.regions]
-    return [made[0] for region, made in first if region.solo and region.dims[0].reduced and len(made) == 1]
+    last = [(region, regions.graph.ops[region.ops[-1]].results) for region in regions.regions]
+    return [made[0] for region, made in last if region.solo and region.dims[-1].reduced and len(made) == 1]
 
 
 def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:

@@ -1,12 +1,11 @@
-"""Solving within a memory budget, by adding the instants at which a solution would exceed it.
+"""What a solution takes of memory, and what is in memory at one instant as a function of the candidates.
 
-A linear program over all instants would be as long as the program. Only a few instants ever bind: solve, find the op at
-which most is live, bound memory there, and solve again.
+A bound at all instants would be as long as the program. Only a few instants ever bind: those at which solutions peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +20,6 @@ from ffjax.ir.regions import Dims
 from ffjax.ir.spec import shard_count
 from ffjax.strategies.ilp import Instant, Solution
 from ffjax.strategies.problem import Problem, assignments
-
-MOST_ROUNDS = 8
-_MARGIN = 0.98
-"""The share of the budget that a new instant may use, so that nearly equal instants next to it fit too."""
-
-Solver = Callable[[Problem, Sequence[Instant]], Solution | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,29 +41,6 @@ def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:
     )
 
 
-def solve_within(
-    problem: Problem,
-    budget_bytes: float,
-    memory: MemoryModel,
-    times: Lifetimes,
-    solver: Solver,
-    rounds: int = MOST_ROUNDS,
-) -> Fit | None:
-    """The fastest solution that fits, or the fastest of all (`fits` is False); None if there is no solution at all."""
-    instants: list[Instant] = []
-    fastest: Fit | None = None
-    for _ in range(rounds):
-        solution = solver(problem, instants)
-        if solution is None:
-            return fastest
-        found = fit_of(problem, solution, budget_bytes, memory)
-        if found.fits:
-            return found
-        fastest = fastest or found
-        instants.append(instant(problem, times, found.peak.instant, budget_bytes * _MARGIN))
-    return fastest
-
-
 def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: MemoryModel) -> Fit:
     layout = layout_of(problem, solution.choice)
     most = memory.peak(layout)
@@ -84,14 +54,15 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     """
     regions, graph = problem.regions, problem.regions.graph
     taken = times.bytes()
-    by_dims: dict[tuple[int, Dims], float] = {}
+    by_dims: dict[tuple[int, Dims, bool], float] = {}
     fixed = 0.0
 
     def hold(value: int, size: float) -> None:
         nonlocal fixed
         entry = graph.values[value]
         if entry.shape:
-            key = (problem.node_of[regions.region_of[entry.producer]], regions.home[value])
+            node = problem.node_of[regions.region_of[entry.producer]]
+            key = (node, regions.home[value], regions.may_scatter(value))
             by_dims[key] = by_dims.get(key, 0.0) + size
         else:
             fixed += size
@@ -101,8 +72,8 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     for value in times.new_results[at < times.first[times.new_results]].tolist():
         hold(value, float(taken[value]) * times.compiler.results_apart)
     node_bytes: dict[int, NDArray[np.float64]] = {}
-    for (node, dims), size in by_dims.items():
-        share = size / _home_splits(problem, node, dims)
+    for (node, dims, scatters), size in by_dims.items():
+        share = size / _home_splits(problem, node, dims, scatters=scatters)
         node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
     _add_sums(problem, times, taken, at, node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
@@ -147,17 +118,17 @@ def _add_sums(
         copies = np.zeros(len(entry.candidates))
         for index, candidate in enumerate(entry.candidates):
             scatters = any(d != UNUSED for d in candidate.scatter)
-            if any(a in region.dims[0].reduced for a in candidate.atoms) and (scatters or at == made):
+            if any(a in region.dims[-1].reduced for a in candidate.atoms) and (scatters or at == made):
                 copies[index] = sums_in_memory(times.compiler, scattered=scatters)
         sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
         node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 
 
-def _home_splits(problem: Problem, node: int, dims: Dims) -> NDArray[np.float64]:
+def _home_splits(problem: Problem, node: int, dims: Dims, *, scatters: bool) -> NDArray[np.float64]:
     """For each candidate into how many pieces a value is split where it is made."""
     entry = problem.nodes[node]
     pieces = entry.splits.of_dims(dims).copy()
-    for index, candidate in enumerate(entry.candidates):
+    for index, candidate in enumerate(entry.candidates if scatters else ()):
         for axis, dim in enumerate(candidate.scatter):
             if dim != UNUSED:
                 pieces[index] *= problem.mesh.sizes[axis]

@@ -18,6 +18,7 @@ from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, Factors
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.merging import merged_copies, merged_sums
 from ffjax.ir.op_kinds import is_light, is_reduction
+from ffjax.ir.sums import CONTRACTIONS, Contracted, DelayedSum, delayed_sums
 
 Dims = tuple[tuple[int, ...], ...]
 """For each dimension of a value the atoms that index it, major to minor, numbered within one region."""
@@ -31,6 +32,8 @@ class OpDims:
     results: tuple[Dims, ...]
     reduced: tuple[int, ...]
     """Atoms over which the op reduces: where they are split, its results are partial sums."""
+    pending: tuple[int, ...] = ()
+    """Atoms over which its results stay partial sums, to be reduced by an op to come (`ffjax.ir.sums`)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +47,7 @@ class Region:
     sizes: tuple[int, ...] = ()
     kinds: tuple[int, ...] = ()
     solo: bool = False
-    """One op that does work: its partial results may be reduce-scattered."""
+    """One op that does work, or one delayed sum: the partial results of the last op may be reduce-scattered."""
 
     def can_split(self, atom: int) -> bool:
         return not self.kinds[atom] & NEED_REPLICATION
@@ -79,6 +82,12 @@ class Regions:
     merged_copies: list[bool]
     """The same of a copy of it in another sharding."""
 
+    def may_scatter(self, value: int) -> bool:
+        """Whether an assignment's `scatter` is about this value."""
+        producer = self.graph.values[value].producer
+        region = self.regions[self.region_of[producer]]
+        return region.solo and region.ops[-1] == producer
+
 
 def find_regions(graph: Graph) -> Regions:
     """Joins the program's ops into regions, in near-linear time."""
@@ -106,11 +115,13 @@ class _Joiner:
                 if value != NO_VALUE:
                     self.consumers[value].append((op.id, index))
         self.light = [is_light(op) for op in graph.ops]
+        self.sums: list[DelayedSum] = []
 
     def join(self) -> Regions:
         graph = self.graph
         for (op_a, side_a, i), (op_b, side_b, j) in graph.ties:
             self.unify(self.port(op_a, side_a, i), self.port(op_b, side_b, j), force=True)
+        self.join_sums()
         for op in graph.ops:
             if not self.light[op.id]:
                 continue
@@ -139,6 +150,31 @@ class _Joiner:
             # An array that is read in several places keeps a sharding of its own (ZeRO needs that freedom).
             return len(self.consumers[value]) == 1
         return self.light[producer.id]
+
+    def join_sums(self) -> None:
+        """The contractions of a delayed sum and the ops that add them up are one region, sharded alike."""
+        name = self.names()
+        contracted = Contracted(atoms=self.contracted, size=self.factors.size, name=lambda atom: name[atom])
+        for found in delayed_sums(self.graph, self.consumers, contracted):
+            views = [*self.inside(found), *(([[a]], [[b]]) for a, b in found.pairs)]
+            if all(self.joins(a, b) for a, b in views):
+                for a, b in views:
+                    self.unify(a, b)
+                self.sums.append(found)
+                for op in found.ops:
+                    self.light[op] = False
+
+    def contracted(self, op: Op) -> list[int]:
+        """The atoms that an op reduces over and that can be split."""
+        kept = NEED_REPLICATION | PERMUTATION
+        return [a for a in dict.fromkeys(self.reduced(op)) if not self.factors.kind(a) & kept]
+
+    def inside(self, found: DelayedSum) -> Iterable[tuple[list[list[int]], list[list[int]]]]:
+        """Both views of each value that passes from one op of a delayed sum to the next."""
+        for op in (self.graph.ops[o] for o in found.ops):
+            for index, value in enumerate(op.operands):
+                if op.kind not in CONTRACTIONS and value != NO_VALUE:
+                    yield self.dims[self.graph.values[value].producer][1][0], self.dims[op.id][0][index]
 
     def join_reductions(self) -> None:
         """A reduction whose result comes back to its operand's region (mean, max, norm) belongs to it."""
@@ -171,10 +207,20 @@ class _Joiner:
 
         Two computations that share only a small table have a batch each: one mesh axis could not split both.
         """
-        names = Factors()
-        parts = self.components()
+        name, parts = self.names(), self.components()
         atoms = {a for a in self.where if self.factors.find(a) == a}
-        name = {a: names.new(self.factors.size(a)) for a in sorted(atoms)}
+        alike: dict[tuple[int, int, int], list[int]] = {}
+        for atom in sorted(atoms):
+            key = (parts[min(self.where[atom])[0]], name[atom], self.factors.size(atom))
+            alike.setdefault(key, []).append(atom)
+        for group in alike.values():
+            for other in group[1:]:
+                self.unify([[group[0]]], [[other]])
+
+    def names(self) -> dict[int, int]:
+        """For each atom which dimension of the program it is: atoms that meet in a value are of one name."""
+        names = Factors()
+        name = {a: names.new(self.factors.size(a)) for a in sorted(self.where) if self.factors.find(a) == a}
         for op in self.graph.ops:
             for index, value in enumerate(op.operands):
                 if value == NO_VALUE or self.graph.values[value].constant:
@@ -186,13 +232,7 @@ class _Joiner:
                     if [self.factors.size(x) for x in xs] == [self.factors.size(y) for y in ys]:
                         for x, y in zip(xs, ys, strict=True):
                             names.merge(name[x], name[y])
-        alike: dict[tuple[int, int, int], list[int]] = {}
-        for atom in sorted(atoms):
-            key = (parts[min(self.where[atom])[0]], names.find(name[atom]), self.factors.size(atom))
-            alike.setdefault(key, []).append(atom)
-        for group in alike.values():
-            for other in group[1:]:
-                self.unify([[group[0]]], [[other]])
+        return {atom: names.find(own) for atom, own in name.items()}
 
     def components(self) -> list[int]:
         """For each op the first op of its region: ops that share an atom are in one."""
@@ -227,13 +267,28 @@ class _Joiner:
             for x, y in zip(xs, ys, strict=True):
                 if x == y:
                     continue
-                splittable = (factors.kind(x) ^ factors.kind(y)) & (NEED_REPLICATION | PERMUTATION) == 0
-                small, large = sorted((self.where.get(x, set()), self.where.get(y, set())), key=len)
-                if force or (splittable and small.isdisjoint(large)):
+                if force or self.joins_atoms(x, y):
                     factors.merge(x, y)
+                    small, large = sorted((self.where.pop(x, set()), self.where.pop(y, set())), key=len)
                     large |= small
-                    self.where.pop(x, None), self.where.pop(y, None)
                     self.where[factors.find(x)] = large
+
+    def joins(self, a: list[list[int]], b: list[list[int]]) -> bool:
+        """Whether `unify` would make two views of a value one."""
+        factors = self.factors
+        for left, right in zip(a, b, strict=True):
+            xs, ys = factors.leaves(left), factors.leaves(right)
+            if [factors.size(x) for x in xs] != [factors.size(y) for y in ys]:
+                return False
+            if not all(x == y or self.joins_atoms(x, y) for x, y in zip(xs, ys, strict=True)):
+                return False
+        return True
+
+    def joins_atoms(self, x: int, y: int) -> bool:
+        """Whether two atoms can be one: both or neither can be split, and no value has both."""
+        alike = (self.factors.kind(x) ^ self.factors.kind(y)) & (NEED_REPLICATION | PERMUTATION) == 0
+        small, large = sorted((self.where.get(x, set()), self.where.get(y, set())), key=len)
+        return alike and small.isdisjoint(large)
 
     def reduced(self, op: Op) -> Iterable[int]:
         """The atoms of an op's reduction factors."""
@@ -286,6 +341,12 @@ class _Joiner:
             twice = _indexed_twice(region)
             region.kinds = tuple(factors.kind(a) | (NEED_REPLICATION if n in twice else 0) for a, n in names.items())
             region.solo = len(region.ops) == 1 and not self.light[region.ops[0]]
+        for found in self.sums:
+            region = regions[region_of[found.ops[-1]]]
+            shared = {local[region.id][self.factors.find(a)] for a in found.reduced}
+            if tuple(region.ops) == found.ops and shared:
+                region.solo = True
+                _delay(region, shared)
         edges = [
             Edge(
                 value=value,
@@ -314,6 +375,15 @@ class _Joiner:
             merged_sums=merged_sums(graph),
             merged_copies=merged_copies(graph),
         )
+
+
+def _delay(region: Region, shared: set[int]) -> None:
+    """Leaves the sums over the atoms that all contractions of a delayed sum reduce over to its last op."""
+    for port in region.dims:
+        port.reduced = tuple(a for a in port.reduced if a not in shared)
+        port.pending = tuple(sorted(shared))
+    last = region.dims[-1]
+    last.reduced, last.pending = last.pending, ()
 
 
 def _indexed_twice(region: Region) -> set[int]:
