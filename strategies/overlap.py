@@ -11,7 +11,7 @@ import dataclasses
 
 from ffjax.strategies.problem import Problem
 
-EXPOSED = (1.0, 0.5, 0.1)
+EXPOSED = (1.0, 0.4, 0.02)
 """The parts of their seconds at which such collectives are priced."""
 
 

@@ -332,6 +332,12 @@ row(
     jax.grad(lambda x: lax.reduce_window(x, -jnp.inf, lax.max, *window, "VALID").sum()),
     f32(4, 16, 8),
 )
+row("select_and_scatter_add overlapping", jax.grad(lambda x: (
+    lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3), (1, 2, 1), "SAME") * jnp.arange(1.0, 9.0)).sum()),
+    f32(4, 16, 8))  # fmt: skip
+row("select_and_scatter_add smallest", jax.grad(lambda x: (
+    lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 1), (1, 4, 1), "VALID") * jnp.arange(1.0, 9.0)).sum()),
+    f32(4, 16, 8))  # fmt: skip
 row(
     "select_and_gather_add",
     lambda x, t: jax.jvp(lambda x: lax.reduce_window(x, -jnp.inf, lax.max, *window, "VALID"), (x,), (t,)),

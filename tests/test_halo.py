@@ -33,11 +33,11 @@ def convolution(x: jax.Array, w: jax.Array, stride: int, padding: str = "SAME") 
 
 
 def step(params: dict[str, jax.Array], batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
-    """A small residual net: a strided stem, pooling, a block that halves the image, a dense head."""
+    """A small residual net: a stem, overlapping pooling, a block that halves the image, a dense head."""
 
     def loss(params: dict[str, jax.Array]) -> jax.Array:
         h = jax.nn.relu(convolution(batch["image"], params["stem"], 1))
-        h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
         shortcut = convolution(h, params["shortcut"], 2)
         h = convolution(jax.nn.relu(convolution(h, params["first"], 2)), params["second"], 1)
         logits = jax.nn.relu(h + shortcut).mean((1, 2)) @ params["head"]
@@ -159,7 +159,7 @@ def test_the_search_splits_images_where_the_batch_is_too_small() -> None:
     best = {name: min(f.predicted_s for f in result.found if f.strategy == name) for name in ("spatial", "auto")}
     others = [f.predicted_s for f in result.found if f.strategy in ("data_parallel", "fsdp", "tensor_parallel")]
     assert result.best.predicted_s <= min(best.values())
-    assert best["spatial"] < 0.75 * min(others)
+    assert best["spatial"] < 0.9 * min(others)
 
 
 def test_memory_has_images_beside_their_neighbours_edges() -> None:

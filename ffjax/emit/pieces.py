@@ -46,7 +46,13 @@ def bind_on_pieces(
         params = piece_params(eqn, [x.shape for x in pieces])
         pieces, params = _with_edges(eqn, pieces, params, cut)
         results = compat.bind(eqn, pieces, params)
+<<<<<<< HEAD
         return tuple(jax.lax.expand_dims(x, range(len(apart))) for x in results)
+=======
+        if cut and cut[0].halo.returned:
+            results = [_given_back(x, cut) for x in results]
+        return tuple(x[None] for x in results) if summed else tuple(results)
+>>>>>>> da8e38443e56d1ffef86d0725209f9f545122258
 
     specs = tuple(PartitionSpec(*apart, *spec) for spec in out_specs)
     made = jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=specs, check_vma=False)(*operands)
@@ -93,7 +99,9 @@ def _with_edges(
     for halo, axes, count in cut:
         image = _extended(image, halo.dim, halo.widths(count), axes, count, beyond)
         low, high = halo.padding(count)
-        if eqn.primitive.name != "conv_general_dilated":
+        if halo.returned:
+            low, high = max(0, low), max(0, high)  # what no window reads at the end is a result all the same
+        elif eqn.primitive.name != "conv_general_dilated":
             # Only a convolution takes padding of less than nothing.
             size = image.shape[halo.dim]
             image = jax.lax.slice_in_dim(image, max(0, -low), size - max(0, -high), axis=halo.dim)
@@ -122,13 +130,44 @@ def _extended(
     return jax.lax.concatenate(parts, dim)
 
 
+def _given_back(result: jax.Array, cut: Sequence[Cut]) -> jax.Array:
+    """A piece of a result, with what its neighbours have of it; what it has of theirs is sent to them."""
+    for halo, axes, count in reversed(cut):
+        before, behind = halo.widths(count)
+        name, dim = axes[0] if len(axes) == 1 else axes, halo.dim
+        size = result.shape[dim] - before - behind
+        own = jax.lax.slice_in_dim(result, before, before + size, axis=dim)
+        if before:
+            edge = jax.lax.slice_in_dim(result, 0, before, axis=dim)
+            edge = jax.lax.ppermute(edge, name, [(i + 1, i) for i in range(count - 1)])
+            own = own + _placed(edge, dim, size - before, 0)
+        if behind:
+            edge = jax.lax.slice_in_dim(result, before + size, before + size + behind, axis=dim)
+            edge = jax.lax.ppermute(edge, name, [(i, i + 1) for i in range(count - 1)])
+            own = own + _placed(edge, dim, 0, size - behind)
+        result = own
+    return result
+
+
+def _placed(edge: jax.Array, dim: int, before: int, behind: int) -> jax.Array:
+    """An edge at its place among zeros."""
+    room = [(before, behind, 0) if d == dim else (0, 0, 0) for d in range(edge.ndim)]
+    return jax.lax.pad(edge, jnp.zeros((), edge.dtype), room)
+
+
 def _beyond(eqn: JaxprEqn, dtype: np.dtype) -> jax.Array:
     """What a window reads beyond an image: nothing to add, nothing that is chosen."""
     integer = not jnp.issubdtype(dtype, jnp.inexact)
     match eqn.primitive.name:
-        case "reduce_window_max":
+        case "reduce_window_max" | "select_and_scatter_add" if _largest(eqn):
             return jnp.array(jnp.iinfo(dtype).min if integer else -jnp.inf, dtype)
-        case "reduce_window_min":
+        case "reduce_window_min" | "select_and_scatter_add":
             return jnp.array(jnp.iinfo(dtype).max if integer else jnp.inf, dtype)
         case _:
             return jnp.zeros((), dtype)
+
+
+def _largest(eqn: JaxprEqn) -> bool:
+    """Whether a window's largest element is chosen, not its smallest."""
+    select = eqn.params.get("select_prim")
+    return select is None or getattr(select, "name", "") in ("ge", "gt")

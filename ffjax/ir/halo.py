@@ -45,6 +45,8 @@ class Halo:
     step: int
     reach: int
     pad: int
+    returned: bool = False
+    """Whether what pieces of a result have at their neighbours' edges is sent back and added there."""
 
     @property
     def factor(self) -> int:
@@ -139,11 +141,12 @@ def _pool(eqn: JaxprEqn) -> Iterable[Halo]:
 
 
 def _scattered_pool(eqn: JaxprEqn) -> Iterable[Halo]:
-    """A pooling's gradient, where windows do not overlap: what pieces share would have to be sent back and added."""
+    """A pooling's gradient: what windows choose beyond the image's piece belongs to the neighbour."""
     source, image, params = shape_of(eqn.invars[0]), shape_of(eqn.invars[1]), eqn.params
     for d, width in enumerate(params["window_dimensions"]):
         stride = params["window_strides"][d]
-        if 1 < width <= stride and tuple(params["padding"][d]) == (0, 0):
+        pad = params["padding"][d][0]
+        if (width > 1 or stride > 1) and 0 <= pad < width:
             yield Halo(
                 operand=1,
                 dim=d,
@@ -154,7 +157,8 @@ def _scattered_pool(eqn: JaxprEqn) -> Iterable[Halo]:
                 base=1,
                 step=stride,
                 reach=width - 1,
-                pad=0,
+                pad=pad,
+                returned=True,
             )
 
 
@@ -172,7 +176,7 @@ def split_halos(eqn: JaxprEqn | None, image: Spec, mesh: MeshShape) -> list[Cut]
 
 
 def exchanges(eqn: JaxprEqn | None, image: Spec, mesh: MeshShape, local_bytes: float) -> list[Collective]:
-    """The permutes that give each device the edges that it needs; of `local_bytes` is its piece of the image.
+    """The permutes that give each device the edges that it needs; its piece of the image is of `local_bytes`.
 
     Dimensions go one after the other, each with what the ones before it have brought, which takes care of corners.
     """
@@ -180,7 +184,8 @@ def exchanges(eqn: JaxprEqn | None, image: Spec, mesh: MeshShape, local_bytes: f
     for halo, axes, pieces in split_halos(eqn, image, mesh):
         row = local_bytes / (halo.size // pieces)
         widths = halo.widths(pieces)
-        found += [Collective("collective_permute", axes, row * width) for width in widths if width]
+        sent = [Collective("collective_permute", axes, row * width) for width in widths if width]
+        found += sent * (2 if halo.returned else 1)
         local_bytes += row * sum(widths)
     return found
 
