@@ -46,13 +46,9 @@ def bind_on_pieces(
         params = piece_params(eqn, [x.shape for x in pieces])
         pieces, params = _with_edges(eqn, pieces, params, cut)
         results = compat.bind(eqn, pieces, params)
-<<<<<<< HEAD
-        return tuple(jax.lax.expand_dims(x, range(len(apart))) for x in results)
-=======
         if cut and cut[0].halo.returned:
             results = [_given_back(x, cut) for x in results]
-        return tuple(x[None] for x in results) if summed else tuple(results)
->>>>>>> da8e38443e56d1ffef86d0725209f9f545122258
+        return tuple(jax.lax.expand_dims(x, range(len(apart))) for x in results)
 
     specs = tuple(PartitionSpec(*apart, *spec) for spec in out_specs)
     made = jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=specs, check_vma=False)(*operands)
