@@ -829,6 +829,20 @@ def linear_algebra() -> Case:
 
 
 @program()
+def solved_by_conjugate_gradients() -> Case:
+    """A linear solve brings a loop of its own, also into its gradient."""
+
+    def step(w: Array, x: Array) -> tuple[Any, Array]:
+        def loss_fn(w: Array) -> Array:
+            solved, _ = jax.scipy.sparse.linalg.cg(lambda v: x.T @ (x @ v) + 4 * v, w, maxiter=5)
+            return (jnp.tanh(solved) ** 2).mean()
+
+        return descend(w, loss_fn)
+
+    return Case(step=step, args=(weights(16, 8), values(16, 16)))
+
+
+@program()
 def bfloat16_with_float32_sums() -> Case:
     def step(w: Array, x: Array) -> tuple[Any, Array]:
         def loss_fn(w: Array) -> Array:

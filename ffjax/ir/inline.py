@@ -1,6 +1,6 @@
 """Flattens calls and lifts constants, so that a program is one jaxpr whose inputs are all its arrays.
 
-Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, remat regions without
+Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, linear solves, remat regions without
 a barrier) become plain equations. Loops, branches and remat regions with a barrier stay structured. Equal equations
 of one body become one, as XLA will make them anyway: what runs once is counted once.
 Arrays that the program closes over, at any depth, become its leading arguments, each once.
@@ -43,6 +43,8 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "linear_call": "callee",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
@@ -115,7 +117,13 @@ class _Body:
             operands = [self.read(v, env) for v in eqn.invars]
             name = eqn.primitive.name
             if name in _CALLS and not is_barrier(eqn):
-                results = self.call(eqn, operands)
+                results = self.call(eqn, eqn.params[_CALLS[name]], operands)
+            elif name == "custom_linear_solve":
+                # As it lowers: the solver, on its own constants and the right-hand sides.
+                counts = eqn.params["const_lengths"]
+                start, stop = counts.matvec + counts.vecmat, sum(counts)
+                own = operands[start : start + counts.solve] + operands[stop:]
+                results = self.call(eqn, eqn.params["jaxprs"].solve, own)
             elif name == "sharding_constraint":
                 self.dropped[source_line(eqn)] = None
                 results = operands
@@ -133,8 +141,7 @@ class _Body:
                     results = list(fresh)
             env.update(zip(eqn.outvars, results, strict=True))
 
-    def call(self, eqn: JaxprEqn, operands: list[Atom]) -> list[Atom]:
-        body: Jaxpr | ClosedJaxpr = eqn.params[_CALLS[eqn.primitive.name]]
+    def call(self, eqn: JaxprEqn, body: Jaxpr | ClosedJaxpr, operands: list[Atom]) -> list[Atom]:
         jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
         env: dict[Var, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update((v, self.lift(c, v.aval)) for v, c in zip(jaxpr.constvars, consts, strict=True))
