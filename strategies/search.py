@@ -34,7 +34,7 @@ from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods.refinement import Refinement
 from ffjax.strategies.methods.solver import Solver
-from ffjax.strategies.overlap import EXPOSED, overlapped
+from ffjax.strategies.overlap import Exposed, all_hidden, observed, overlapped
 from ffjax.strategies.priced_memory import solve_within
 from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds
 from ffjax.strategies.roles import Roles, lacking
@@ -44,6 +44,8 @@ MOST_AXES = 2
 """Of the meshes that are tried when none is given."""
 FREE_MESHES = 3
 """On how many meshes, beside the one with a single axis, the free problem is solved."""
+OBSERVED = 3
+"""How often at most it is solved again with collectives as exposed as they are in the best plan there."""
 
 AUTO = "auto"
 
@@ -166,6 +168,10 @@ def search(
         raise ValueError(f"no candidate is left for strategy {strategy!r} on any mesh; loosen the pins")
     fitting = [f for f in found if f.fits]
     best = min(fitting, key=lambda f: f.predicted_s) if fitting else min(found, key=lambda f: f.peak.bytes)
+    free = next((f for f in found if f.strategy == AUTO and f.mesh == best.mesh), None)
+    if best.strategy != AUTO and free is not None:
+        # What was proved of the strategy alone is little: what counts is the whole space.
+        best = dataclasses.replace(best, objective_s=best.step_s, bound_s=min(free.bound_s, best.step_s))
     finished = time.perf_counter()
     seconds = {
         "analyse": analysed - began,
@@ -232,7 +238,7 @@ class _Search:
         problem = Roles(self.usage, mesh, roles).within(self._problem(mesh))
         if problem is None:
             return []
-        found = self._solved(strategy.name, problem, (), 1.0, Solver(), thorough=alone, began=began)
+        found = self._solved(strategy.name, problem, (), None, Solver(), thorough=alone, began=began)
         return [] if found is None else [found]
 
     def free(self, mesh: MeshShape, named_: Sequence[Found]) -> list[Found]:
@@ -241,13 +247,26 @@ class _Search:
         problem = self._problem(mesh)
         starts = [c for f in named_ if (c := choice_of(problem, f.layout.assignments)) is not None]
         solver, found = Solver(), list[Found]()
-        for exposed in EXPOSED if self.cluster.async_collectives else (1.0,):
-            one = self._solved(AUTO, problem, starts, exposed, solver, thorough=exposed == 1.0, began=began)
-            if one is None or (not one.fits and exposed < 1.0):
-                break
-            if one.choice not in [f.choice for f in found]:
-                found.append(one)
+
+        def solve(exposed: Exposed | None) -> Found | None:
+            nonlocal began
+            one = self._solved(AUTO, problem, starts, exposed, solver, thorough=exposed is None, began=began)
             began = time.perf_counter()
+            if one is None or one.choice in [f.choice for f in found]:
+                return None
+            found.append(one)
+            return one
+
+        solve(None)
+        if not self.cluster.async_collectives or not any(f.fits for f in found):
+            return found
+        solve(all_hidden(problem))
+        for _ in range(OBSERVED):
+            best = min((f for f in [*named_, *found] if f.fits), key=lambda f: f.predicted_s)
+            self._simulated(best.layout)
+            one = solve(observed(problem, self._simulator(mesh)))
+            if one is None or one.predicted_s >= best.predicted_s:
+                break
         return found
 
     def _problem(self, mesh: MeshShape) -> Problem:
@@ -261,9 +280,7 @@ class _Search:
     def refined(self, found: Sequence[Found]) -> list[Found]:
         """The fastest plan that fits, if the simulator finds a better one near it."""
         began = time.perf_counter()
-        start = min(
-            (f for f in found if f.fits and f.mesh in self._problems), key=lambda f: f.predicted_s, default=None
-        )
+        start = min((f for f in found if f.fits), key=lambda f: f.predicted_s, default=None)
         if start is None:
             return []
         problem = self._problem(start.mesh)
@@ -298,13 +315,13 @@ class _Search:
         name: str,
         problem: Problem,
         starts: Sequence[Sequence[int]],
-        exposed: float,
+        exposed: Exposed | None,
         solver: Solver,
         *,
         thorough: bool,
         began: float,
     ) -> Found | None:
-        objective = overlapped(problem, exposed)
+        objective = problem if exposed is None else overlapped(problem, exposed)
         fit = solve_within(objective, self.budget_bytes, self.memory, self.times, solver, starts, thorough=thorough)
         if fit is None:
             return None
