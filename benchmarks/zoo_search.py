@@ -141,7 +141,7 @@ def table(lines: Iterable[dict[str, Any]]) -> list[tuple[object, ...]]:
         changes = "".join(f", {k} {v}" for k, v in line["changes"].items())
         head = (line["cluster"], line["model"] + changes, line.get("batch", ""))
         if "error" in line:
-            rows.append((*head, line["error"].split(". ")[0].splitlines()[0], *[""] * 12))
+            rows.append((*head, line["error"].split(". ")[0].splitlines()[0], *[""] * 11))
             continue
         named_s, seconds = line["named_s"], line["seconds"]
         rows.append(
@@ -159,7 +159,6 @@ def table(lines: Iterable[dict[str, Any]]) -> list[tuple[object, ...]]:
                 f"{seconds['rules'] + seconds['analyse']:.1f}",
                 f"{seconds['named strategies']:.1f}",
                 f"{seconds['free search']:.1f}",
-                f"{seconds['simulate']:.1f}",
             )
         )
     return rows
@@ -227,7 +226,6 @@ def write_table() -> Path:
             "analysis",
             "named",
             "free",
-            "simulate",
         ),
         table(read_lines().values()),
     )
