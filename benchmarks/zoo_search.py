@@ -210,7 +210,8 @@ def write_table() -> Path:
         "The zoo: what the search finds, beside the best named strategy that fits",
         [
             "Steps in milliseconds, as the simulator predicts them; ratio: found to best named. The bound is of the "
-            "search's own sum, in which nothing overlaps, on the plan's mesh, and so is the gap; where a named strategy won, of its own restricted space only. The budget is all of "
+            "search's own sum, in which nothing overlaps, on the plan's mesh, and so is the gap; where a named "
+            "strategy won, of its own restricted space only. The budget is all of "
             "the device's memory. Peak in GiB. Phases in CPU seconds; rules are lowered anew in each case.",
             "",
             "h100xN: hosts of eight H100s. v100x64: eight hosts of eight V100s (16 GB), 25 Gb/s each; compute in "
