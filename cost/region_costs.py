@@ -2,6 +2,7 @@
 
     node(r, c) = sum over kernels k of r:  trips * seconds at the local shape (`ffjax.cost.op_times`)
                + sum over ops o of r that reduce over split atoms:  trips * collective(all_reduce | reduce_scatter)
+               + where o slides a window over an image that is cut: trips * (edges permuted + the image copied)
 
 A kernel's work is spread over every atom that it iterates over, reduced ones included.
 """
@@ -16,8 +17,11 @@ from numpy.typing import NDArray
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.op_times import op_times
-from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.cost.roofline import op_seconds
+from ffjax.ir.assignment import UNUSED, Assignment, spec_of
+from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.regions import Dims, Region, Regions
+from ffjax.ir.spec import shard_count
 
 Floats = NDArray[np.float64]
 
@@ -95,3 +99,30 @@ def reduction_seconds(
                 share = model.share_of_one(local[index] / count) if merged else 1.0
                 total[index] += count * alpha * share + beta * local[index]
     return total
+
+
+def halo_seconds(
+    regions: Regions, region: Region, candidates: Sequence[Assignment], model: CollectiveModel
+) -> tuple[Floats, Floats]:
+    """For each candidate the seconds in which pieces of an image get their neighbours' edges: to copy, to permute.
+
+    An image is copied to lie beside what its neighbours send.
+    """
+    copied, permuted = np.zeros(len(candidates)), np.zeros(len(candidates))
+    op = regions.graph.ops[region.ops[0]]
+    found = halos(op.eqn) if region.solo else ()
+    if not found:
+        return copied, permuted
+    value = regions.graph.values[op.operands[found[0].operand]]
+    trips = regions.graph.scopes[op.scope].trips
+    device = model.cluster.device
+    for index, candidate in enumerate(candidates):
+        spec = spec_of(region.dims[0].operands[found[0].operand], region.sizes, candidate, model.mesh)
+        if spec is None:
+            continue
+        local = value.bytes / shard_count(spec, model.mesh)
+        sent = exchanges(op.eqn, spec, model.mesh, local)
+        if sent:
+            copied[index] = trips * (op_seconds(0.0, 2 * local, "float32", device, matmul=False) + device.kernel_s)
+            permuted[index] = trips * sum(model.seconds(one) for one in sent)
+    return copied, permuted

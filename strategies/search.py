@@ -37,7 +37,8 @@ from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import EXPOSED, overlapped
 from ffjax.strategies.priced_memory import solve_within
 from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds
-from ffjax.strategies.roles import Roles
+from ffjax.strategies.roles import Roles, lacking
+from ffjax.strategies.usage import Usage
 
 MOST_AXES = 2
 """Of the meshes that are tried when none is given."""
@@ -140,6 +141,10 @@ def search(
         raise ValueError(
             f"strategy {strategy!r} has no use for the meshes {', '.join(map(str, meshes))}; give it one with more axes"
         )
+    lacks = {s.name: lacking(search_.usage, roles) for s, _, roles in pairs}
+    pairs = [pair for pair in pairs if not lacks[pair[0].name]]
+    if not pairs and strategy != AUTO:
+        raise ValueError(f"strategy {strategy!r} is for programs that have {lacks[strategy]}; take another one")
     found: list[Found] = []
     for done, (entry, mesh, roles) in enumerate(pairs):
         if progress:
@@ -214,30 +219,26 @@ class _Search:
         self.keys = family_keys(regions, marks)
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
-        self.dims = named_dims(regions)
+        self.usage = Usage(regions, named_dims(regions))
         self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
         self.memory = MemoryModel(regions, self.times, self.keys)
         self._tasks: TaskGraph | None = None
+        self._problems: dict[MeshShape, Problem] = {}
         self._simulators: dict[MeshShape, Simulator] = {}
-        self._free: dict[MeshShape, Problem] = {}
 
     def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> list[Found]:
         """The best plan of a named strategy on one mesh, if it has any there."""
         began = time.perf_counter()
-        rules = Roles(self.regions, self.dims, mesh, roles)
-        pins = self.keep(mesh) if self.keep is not None else None
-        keep = _both(rules.keep(), pins)
-        model = CollectiveModel(mesh, self.cluster)
-        problem = build_problem(self.regions, self.keys, self.by_family, model, rules.allow(), keep)
-        found = self._solved(strategy.name, rules.forbid(problem), (), 1.0, Solver(), thorough=alone, began=began)
+        problem = Roles(self.usage, mesh, roles).within(self._problem(mesh))
+        if problem is None:
+            return []
+        found = self._solved(strategy.name, problem, (), 1.0, Solver(), thorough=alone, began=began)
         return [] if found is None else [found]
 
     def free(self, mesh: MeshShape, named_: Sequence[Found]) -> list[Found]:
         """Plans of the whole space on one mesh, the first never worse than the named ones there if nothing overlaps."""
-        pins = self.keep(mesh) if self.keep is not None else None
-        model = CollectiveModel(mesh, self.cluster)
         began = time.perf_counter()
-        problem = self._free[mesh] = build_problem(self.regions, self.keys, self.by_family, model, None, pins)
+        problem = self._problem(mesh)
         starts = [c for f in named_ if (c := choice_of(problem, f.layout.assignments)) is not None]
         solver, found = Solver(), list[Found]()
         for exposed in EXPOSED if self.cluster.async_collectives else (1.0,):
@@ -252,10 +253,10 @@ class _Search:
     def refined(self, found: Sequence[Found]) -> list[Found]:
         """The fastest plan that fits, if the simulator finds a better one near it."""
         began = time.perf_counter()
-        start = min((f for f in found if f.fits and f.mesh in self._free), key=lambda f: f.predicted_s, default=None)
+        start = min((f for f in found if f.fits), key=lambda f: f.predicted_s, default=None)
         if start is None:
             return []
-        problem = self._free[start.mesh]
+        problem = self._problem(start.mesh)
         choice = choice_of(problem, start.layout.assignments)
         free = start if start.strategy == AUTO else next((f for f in found if f.problem is problem), None)
         if choice is None or free is None:
@@ -281,6 +282,14 @@ class _Search:
                 simulated=self._simulated(layout),
             )
         ]
+
+    def _problem(self, mesh: MeshShape) -> Problem:
+        """The whole space on a mesh, but for what pins leave out."""
+        if mesh not in self._problems:
+            pins = self.keep(mesh) if self.keep is not None else None
+            model = CollectiveModel(mesh, self.cluster)
+            self._problems[mesh] = build_problem(self.regions, self.keys, self.by_family, model, pins)
+        return self._problems[mesh]
 
     def _solved(
         self,
@@ -325,10 +334,3 @@ class _Search:
             model = CollectiveModel(mesh, self.cluster)
             self._simulators[mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)
         return self._simulators[mesh]
-
-
-def _both(first: Keep | None, second: Keep | None) -> Keep | None:
-    if first is None or second is None:
-        return first or second
-    # A pin is stronger than a strategy: the strategy chooses among what the pin leaves.
-    return lambda region, found: first(region, second(region, found)) if second(region, found) else []

@@ -130,7 +130,7 @@ class _Interpreter:
         if any(v != NO_VALUE and self.layout.pending_axes(self.graph.values[v].producer) for v in own.operands):
             terms = bind_beside(eqn, operands)
             return [self.write(terms if pending else add_up(terms), eqn.outvars[0], op)]
-        if pending or runs_on_pieces(eqn):
+        if pending or runs_on_pieces(eqn) or self.layout.cuts(op):
             return self.on_pieces(eqn, operands, op)
         return self.bound(eqn, operands, eqn.params, op)
 

@@ -1,5 +1,9 @@
 """Ops that run on each device's pieces inside `shard_map`: those that the partitioner cannot split, or would sum up.
 
+So do windows over images that are cut: each device fetches the edges that it needs of its neighbours' pieces
+(`ffjax.ir.halo`). The partitioner can do that too, for one convolution over one axis; it adds up a kernel's gradient
+over all devices whatever else is split, and sends several times what is needed for a pooling's gradient.
+
 Partial sums leave it side by side, in a new leading dimension that is split over the axes of the sum, and are added
 up outside: to the partitioner that is an ordinary reduction, all-reduced or reduce-scattered as any other. Those that
 are to wait for their reduction keep that dimension, and ops that are linear in them run on it as on any other.
@@ -8,13 +12,18 @@ are to wait for their reduction keep that dimension, and ops that are linear in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ffjax.ir import compat
 from ffjax.ir.compat import JaxprEqn
-from ffjax.ir.extra_rules import piece_params
+from ffjax.ir.extra_rules import Params, piece_params
+from ffjax.ir.halo import Cut, halos, split_halos
+from ffjax.ir.spec import MeshShape
 
 
 def bind_on_pieces(
@@ -31,9 +40,11 @@ def bind_on_pieces(
     With `pending` axes they have one dimension more, in front: the terms of the sum over these, side by side.
     """
     apart = [axes for axes in (summed, pending) if axes]
+    cut = image_cuts(eqn, in_specs, mesh)
 
     def local(*pieces: jax.Array) -> tuple[jax.Array, ...]:
         params = piece_params(eqn, [x.shape for x in pieces])
+        pieces, params = _with_edges(eqn, pieces, params, cut)
         results = compat.bind(eqn, pieces, params)
         return tuple(jax.lax.expand_dims(x, range(len(apart))) for x in results)
 
@@ -53,3 +64,71 @@ def bind_beside(eqn: JaxprEqn, operands: Sequence[jax.Array]) -> jax.Array:
     if eqn.primitive.name == "transpose":
         params["permutation"] = (0, *(d + 1 for d in params["permutation"]))
     return compat.bind(eqn, operands, params)[0]
+
+
+def image_cuts(eqn: JaxprEqn, in_specs: Sequence[PartitionSpec], mesh: Mesh | AbstractMesh) -> list[Cut]:
+    """The dimensions of an equation's image that are cut where a window slides over it."""
+    found = halos(eqn)
+    if not found:
+        return []
+    spec = in_specs[found[0].operand]
+    axes = tuple(() if dim is None else (dim,) if isinstance(dim, str) else tuple(dim) for dim in spec)
+    rank = len(compat.shape_of(eqn.invars[found[0].operand]))
+    return split_halos(
+        eqn, axes + ((),) * (rank - len(axes)), MeshShape(tuple(mesh.axis_names), tuple(mesh.axis_sizes))
+    )
+
+
+def _with_edges(
+    eqn: JaxprEqn, pieces: tuple[jax.Array, ...], params: Params, cut: Sequence[Cut]
+) -> tuple[tuple[jax.Array, ...], Params]:
+    """The pieces, that of the image with its neighbours' edges; and the parameters with the padding that this leaves."""
+    if not cut:
+        return pieces, params
+    operand = cut[0].halo.operand
+    image = pieces[operand]
+    pads = cast("Sequence[tuple[int, int]]", params["padding"])
+    padding = [tuple(p) for p in pads]
+    beyond = _beyond(eqn, image.dtype)
+    for halo, axes, count in cut:
+        image = _extended(image, halo.dim, halo.widths(count), axes, count, beyond)
+        low, high = halo.padding(count)
+        if eqn.primitive.name != "conv_general_dilated":
+            # Only a convolution takes padding of less than nothing.
+            size = image.shape[halo.dim]
+            image = jax.lax.slice_in_dim(image, max(0, -low), size - max(0, -high), axis=halo.dim)
+            low, high = max(0, low), max(0, high)
+        padding[halo.window] = (low, high)
+    return (*pieces[:operand], image, *pieces[operand + 1 :]), {**params, "padding": tuple(padding)}
+
+
+def _extended(
+    image: jax.Array, dim: int, widths: tuple[int, int], axes: tuple[str, ...], count: int, beyond: jax.Array
+) -> jax.Array:
+    """A piece between the edges of its neighbours; at the ends of the image, of what is beyond it."""
+    before, behind = widths
+    size = image.shape[dim]
+    name = axes[0] if len(axes) == 1 else axes
+    place = jax.lax.axis_index(name)
+    parts = [image]
+    if before:
+        edge = jax.lax.slice_in_dim(image, size - before, size, axis=dim)
+        edge = jax.lax.ppermute(edge, name, [(i, i + 1) for i in range(count - 1)])
+        parts.insert(0, jnp.where(place == 0, beyond, edge))
+    if behind:
+        edge = jax.lax.slice_in_dim(image, 0, behind, axis=dim)
+        edge = jax.lax.ppermute(edge, name, [(i + 1, i) for i in range(count - 1)])
+        parts.append(jnp.where(place == count - 1, beyond, edge))
+    return jax.lax.concatenate(parts, dim)
+
+
+def _beyond(eqn: JaxprEqn, dtype: np.dtype) -> jax.Array:
+    """What a window reads beyond an image: nothing to add, nothing that is chosen."""
+    integer = not jnp.issubdtype(dtype, jnp.inexact)
+    match eqn.primitive.name:
+        case "reduce_window_max":
+            return jnp.array(jnp.iinfo(dtype).min if integer else -jnp.inf, dtype)
+        case "reduce_window_min":
+            return jnp.array(jnp.iinfo(dtype).max if integer else jnp.inf, dtype)
+        case _:
+            return jnp.zeros((), dtype)

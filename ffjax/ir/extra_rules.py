@@ -16,6 +16,7 @@ from jax.extend.core import JaxprEqn
 from ffjax.errors import RuleError
 from ffjax.ir.compat import dtype_of, shape_of, threefry_is_partitionable
 from ffjax.ir.compose import fit, replicated
+from ffjax.ir.halo import with_halos
 from ffjax.ir.rules import OpShardingRule
 from ffjax.ir.shardy import Shape, each, elementwise, last_replicated
 
@@ -111,7 +112,7 @@ def extra_rule(eqn: JaxprEqn) -> OpShardingRule | None:
 def adjust(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     """Shardy's rule, corrected where XLA's partitioner is known to do otherwise."""
     adjustment = _ADJUSTMENTS.get(eqn.primitive.name)
-    return rule if adjustment is None else adjustment(eqn, rule)
+    return with_halos(eqn, rule if adjustment is None else adjustment(eqn, rule))
 
 
 def shapes(eqn: JaxprEqn) -> tuple[list[Shape], list[Shape]]:
@@ -291,10 +292,9 @@ _ON_PIECES["conv_general_dilated"] = _grouped_pieces
 def _convolution(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     """Factors that Shardy splits and XLA's partitioner cannot.
 
-    It gathers everything for grouped convolutions and gets some depthwise ones wrong: they run on pieces, without
-    the halos of a split image. In all others it cannot split the window in the place of the patches, which Shardy
+    It gathers everything for grouped convolutions and gets some depthwise ones wrong: they run on pieces. In all others it cannot split the window in the place of the patches, which Shardy
     allows past one patch per device. A kernel's gradient it sums over all devices, whatever it is split over, where
-    patches are split.
+    patches are split. Pieces of an image run with the halos that `ffjax.ir.halo` gives them, apart from this.
     """
     numbers = eqn.params["dimension_numbers"]
     image, kernel, result = rule.operands[0], rule.operands[1], rule.results[0]

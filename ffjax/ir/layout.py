@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.halo import Cut, exchanges, halos, split_halos
 from ffjax.ir.regions import Dims, Regions
 from ffjax.ir.reshard_chain import Hop, reshard_chain
 from ffjax.ir.spec import Collective, CollectiveKind, MeshShape, Spec, shard_count
@@ -120,6 +121,17 @@ class Layout:
                         merged=self.regions.merged_sums[value],
                     )
                 )
+        for op in graph.ops:
+            for collective in self.exchanges(op.id):
+                found.append(
+                    PlannedCollective(
+                        collective=collective,
+                        count=graph.scopes[op.scope].trips,
+                        op=op.id,
+                        value=op.operands[halos(op.eqn)[0].operand],
+                        merged=False,
+                    )
+                )
         # Ways that begin alike share their beginning.
         moved: set[tuple[int, int, tuple[Spec, ...]]] = set()
         for value, spec, scope, op_id in self.copies():
@@ -141,6 +153,21 @@ class Layout:
                     )
                 )
         return found
+
+    def cuts(self, op: int) -> list[Cut]:
+        """The dimensions of an op's image that are cut where a window slides over it."""
+        eqn = self.graph.ops[op].eqn
+        found = halos(eqn)
+        return split_halos(eqn, self.operand(op, found[0].operand), self.mesh) if found else []
+
+    def exchanges(self, op: int) -> list[Collective]:
+        """The permutes by which devices fetch the edges of their neighbours' pieces of an image."""
+        if not self.cuts(op):
+            return []
+        eqn = self.graph.ops[op].eqn
+        index = halos(eqn)[0].operand
+        spec = self.operand(op, index)
+        return exchanges(eqn, spec, self.mesh, self.local_bytes(self.graph.ops[op].operands[index], spec))
 
     def reads(self) -> dict[int, set[Spec]]:
         """For each value that is a reduced partial sum the shardings in which it is read."""

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.strategies.methods.base import Solution
-from ffjax.strategies.methods.dual_ascent import Ascent, Loop, Pair
+from ffjax.strategies.methods.dual_ascent import Alone, Ascent, Pair
 from ffjax.strategies.problem import Problem, Transfer, restrict
 
 Floats = NDArray[np.float64]
@@ -115,9 +115,9 @@ class _Frontier:
             self.pairs[pair.target].append(pair)
             if pair.transfer in of_transfer:
                 of_transfer[pair.transfer].pairs.append(pair)
-        for loop in ascent.loops:
-            if loop.transfer in of_transfer:
-                of_transfer[loop.transfer].loops.append(loop)
+        for alone in ascent.alone:
+            if alone.transfer in of_transfer:
+                of_transfer[alone.transfer].alone.append(alone)
         self.undecided = [len(near) for near in self.neighbours]
         self.chosen = np.full((1, len(nodes)), -1, np.int64)
         least_s = sum(float(t.min()) for t in self.theta) + sum(float(p.slack.min()) for p in ascent.pairs)
@@ -193,7 +193,7 @@ class _Shared:
     seconds: Floats
     members: set[int]
     pairs: list[Pair]
-    loops: list[Loop]
+    alone: list[Alone]
 
     def unseen(self, chosen: Ints) -> Floats:
         """For each way what the transfer costs more than the shares that its readers pay."""
@@ -205,7 +205,7 @@ class _Shared:
             total += np.where(again, 0.0, self.seconds[rows, column])
         for pair in self.pairs:
             total -= pair.share[rows, pair.column_of[chosen[:, pair.target]]]
-        for loop in self.loops:
-            column = loop.column_of[chosen[:, loop.node]]
-            total -= (self.seconds * loop.portion)[rows, column]
+        for alone in self.alone:
+            candidate = chosen[:, alone.node]
+            total -= (self.seconds * alone.portion)[alone.row_of[candidate], alone.column_of[candidate]]
         return total

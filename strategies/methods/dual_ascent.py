@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.strategies.problem import Problem, Transfer, forbidden_seconds, total_seconds
+from ffjax.strategies.problem import Problem, Totals, Transfer, forbidden_seconds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -65,8 +65,8 @@ class Pair:
 
 
 @dataclass(slots=True, eq=False)
-class Loop:
-    """A node that reads what it makes: a cost of its own, given its candidate."""
+class Alone:
+    """Seconds of a transfer that depend on one node alone: it reads what it makes, or the other has no choice."""
 
     transfer: int
     node: int
@@ -79,8 +79,8 @@ class Ascent:
     """The dual of a problem, and of those that differ from it in costs alone.
 
     Attributes:
-      theta: for each node what its candidates cost, messages and loops included.
-      pairs, loops: readers of transfers; theta and the pairs' slack of a choice add up to no more than its seconds.
+      theta: for each node what its candidates cost, messages and what depends on it alone included.
+      pairs, alone: readers of transfers; theta and the pairs' slack of a choice add up to no more than its seconds.
       best: the best choice that was met, a candidate index for each node, or None.
       best_s: its seconds.
       bound_s: proved to be no more than the optimum.
@@ -88,6 +88,7 @@ class Ascent:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self._totals = Totals(problem)
         self.best: tuple[int, ...] | None = None
         self.best_s = np.inf
         self.bound_s = -np.inf
@@ -95,7 +96,7 @@ class Ascent:
         self._forbidden_s = forbidden_seconds(problem)
         self.theta = [n.cost_s.copy() for n in problem.nodes]
         self.pairs: list[Pair] = []
-        self.loops: list[Loop] = []
+        self.alone: list[Alone] = []
         self._shared: list[tuple[int, list[Pair]]] = []
         at: list[list[Pair]] = [[] for _ in problem.nodes]
         for index, transfer in enumerate(problem.transfers):
@@ -120,8 +121,7 @@ class Ascent:
                 portion = np.zeros(seconds.shape)
                 portion[transfer.row_of, consumer.column_of] = 1 / len(transfer.consumers)
                 rest -= portion
-                self.loops.append(Loop(index, transfer.source, transfer.row_of, consumer.column_of, portion))
-                self.theta[transfer.source] += (seconds * portion)[transfer.row_of, consumer.column_of]
+                self._add_alone(index, transfer.source, transfer.row_of, consumer.column_of, seconds, portion)
         needed = [np.unique(c.column_of) for c in others]
         wanted = np.zeros(seconds.shape[1])
         for columns in needed:
@@ -130,6 +130,14 @@ class Ascent:
         for consumer, columns in zip(others, needed, strict=True):
             column_of = np.searchsorted(columns, consumer.column_of)
             portion = rest[:, columns] / wanted[columns]
+            if len(others) == 1 and len(seconds) == 1:
+                zeros = np.zeros_like(consumer.column_of)
+                self._add_alone(index, consumer.node, zeros, consumer.column_of, seconds, rest)
+                continue
+            if len(others) == 1 and len(columns) == 1:
+                column = np.full_like(transfer.row_of, columns[0])
+                self._add_alone(index, transfer.source, transfer.row_of, column, seconds, rest)
+                continue
             share = seconds[:, columns] * portion
             pairs.append(
                 Pair(
@@ -148,28 +156,34 @@ class Ascent:
             )
         return pairs
 
+    def _add_alone(
+        self, transfer: int, node: int, row_of: Ints, column_of: Ints, seconds: Floats, portion: Floats
+    ) -> None:
+        self.alone.append(Alone(transfer, node, row_of, column_of, portion))
+        self.theta[node] += (seconds * portion)[row_of, column_of]
+
     def reprice(self, problem: Problem) -> None:
         """Goes on with other costs: the same nodes, candidates and transfers."""
         for node, (old, new) in enumerate(zip(self.problem.nodes, problem.nodes, strict=True)):
             self.theta[node] += new.cost_s - old.cost_s
         before = [self.finite(t.seconds) for t in self.problem.transfers]
         after = [self.finite(t.seconds) for t in problem.transfers]
-        for loop in self.loops:
-            change = (after[loop.transfer] - before[loop.transfer]) * loop.portion
-            self.theta[loop.node] += change[loop.row_of, loop.column_of]
+        for alone in self.alone:
+            change = (after[alone.transfer] - before[alone.transfer]) * alone.portion
+            self.theta[alone.node] += change[alone.row_of, alone.column_of]
         for pair in self.pairs:
             old_s, new_s = before[pair.transfer][:, pair.columns], after[pair.transfer][:, pair.columns]
             kept = pair.share * (new_s / np.where(old_s > 0, old_s, 1.0))
             share = np.where(old_s > 0, kept, new_s * pair.portion)
             pair.slack += share - pair.share
             pair.share = share
-        self.problem = problem
-        self.best_s = np.inf if self.best is None else total_seconds(problem, self.best)
+        self.problem, self._totals = problem, Totals(problem)
+        self.best_s = np.inf if self.best is None else self._totals.of(self.best)
         self.bound_s = self._bound()
 
     def offer(self, choice: Sequence[int]) -> None:
         """A choice to start from; it is kept if it is the best so far."""
-        seconds = total_seconds(self.problem, choice)
+        seconds = self._totals.of(choice)
         if seconds < self.best_s:
             self.best, self.best_s = tuple(choice), seconds
 
