@@ -269,14 +269,6 @@ class _Search:
                 break
         return found
 
-    def _problem(self, mesh: MeshShape) -> Problem:
-        """The whole space on a mesh, but for what pins leave out."""
-        if mesh not in self._problems:
-            pins = self.keep(mesh) if self.keep is not None else None
-            model = CollectiveModel(mesh, self.cluster)
-            self._problems[mesh] = build_problem(self.regions, self.keys, self.by_family, model, pins)
-        return self._problems[mesh]
-
     def refined(self, found: Sequence[Found]) -> list[Found]:
         """The fastest plan that fits, if the simulator finds a better one near it."""
         began = time.perf_counter()
@@ -309,6 +301,14 @@ class _Search:
                 simulated=self._simulated(layout),
             )
         ]
+
+    def _problem(self, mesh: MeshShape) -> Problem:
+        """The whole space on a mesh, but for what pins leave out."""
+        if mesh not in self._problems:
+            pins = self.keep(mesh) if self.keep is not None else None
+            model = CollectiveModel(mesh, self.cluster)
+            self._problems[mesh] = build_problem(self.regions, self.keys, self.by_family, model, pins)
+        return self._problems[mesh]
 
     def _solved(
         self,

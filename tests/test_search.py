@@ -5,90 +5,27 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ffjax.cost.cluster import Cluster
-from ffjax.cost.collectives import CollectiveModel
-from ffjax.cost.kernels import by_family, kernels
 from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.memory import MemoryModel
-from ffjax.ir.graph import build_graph
-from ffjax.ir.regions import Regions, find_regions
+from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
 from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods.dual_ascent import Ascent
-from ffjax.strategies.methods.ilp import solve
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import all_hidden, overlapped
 from ffjax.strategies.priced_memory import solve_within
-from ffjax.strategies.problem import Problem, assignments, build_problem, choice_of, restrict, total_seconds
+from ffjax.strategies.problem import assignments, choice_of, restrict, total_seconds
 from ffjax.strategies.search import AUTO, search
-from tests.random_programs import Pick, drawn_picks, random_step
-
-MOST_CHOICES = 3_000
-"""Choices that are tried one by one."""
-
-quick = settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-)
-
-
-KINDS = ("dot", "dot", "elementwise", "scaled by a sum", "transposed", "cumsum")
-
-
-def slow_links() -> Cluster:
-    """Where communication and computation of small arrays weigh about the same."""
-    return Cluster.named("cpu", devices_per_host=4)
-
-
-def problem_of(regions: Regions, mesh: MeshShape, cluster: Cluster) -> Problem:
-    keys = family_keys(regions)
-    return build_problem(regions, keys, by_family(kernels(regions), keys), CollectiveModel(mesh, cluster))
-
-
-def regions_of(step: Callable[..., Any], *args: Any, **options: Any) -> Regions:
-    return find_regions(build_graph(trace_step(step, args, {}, **options)))
-
-
-def choices(problem: Problem) -> itertools.product[tuple[int, ...]]:
-    return itertools.product(*(range(len(n.candidates)) for n in problem.nodes))
-
-
-programs = drawn_picks(KINDS, 6)
-meshes = st.sampled_from([MeshShape(("x",), (4,)), MeshShape(("x", "y"), (2, 2))])
-
-
-def small_problem(picks: Sequence[Pick], mesh: MeshShape, size: int = 512) -> Problem:
-    shapes = [jax.ShapeDtypeStruct((size, size), jnp.float32)] * 2
-    problem = problem_of(regions_of(random_step(picks, results=None), *shapes), mesh, slow_links())
-    assume(1 < math.prod(len(n.candidates) for n in problem.nodes) <= MOST_CHOICES)
-    return problem
-
-
-@quick
-@given(picks=programs, mesh=meshes)
-def test_the_linear_program_finds_what_trying_everything_finds(picks: list[Pick], mesh: MeshShape) -> None:
-    problem = small_problem(picks, mesh)
-    best = min(total_seconds(problem, choice) for choice in choices(problem))
-    found = solve(problem)
-    assert found is not None
-    assert total_seconds(problem, found.choice) == pytest.approx(best, rel=2e-4)
-    assert found.objective_s == pytest.approx(best, rel=2e-4)
-    assert found.bound_s <= best * (1 + 1e-6)
+from tests.random_programs import Pick
+from tests.small_problems import choices, meshes, programs, quick, regions_of, small_problem
 
 
 @quick
@@ -136,17 +73,6 @@ def test_a_restricted_problem_prices_choices_alike(picks: list[Pick], mesh: Mesh
         whole = tuple(keep[c] for keep, c in zip(kept, choice, strict=True))
         assert total_seconds(small, choice) == pytest.approx(total_seconds(problem, whole), rel=1e-9)
         assert choice_of(problem, assignments(problem, whole)) == whole
-
-
-@quick
-@given(picks=programs, mesh=meshes, seed=st.integers(0, 99))
-def test_a_solution_is_never_worse_than_its_starts(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
-    problem = small_problem(picks, mesh)
-    rng = np.random.default_rng(seed)
-    starts = [[int(rng.integers(len(n.candidates))) for n in problem.nodes] for _ in range(2)]
-    found = Solver().solve(problem, starts, sweeps=1)
-    assert found is not None
-    assert all(found.objective_s <= total_seconds(problem, choice) for choice in starts)
 
 
 @quick

@@ -206,6 +206,6 @@ class _Shared:
         for pair in self.pairs:
             total -= pair.share[rows, pair.column_of[chosen[:, pair.target]]]
         for alone in self.alone:
-            column = alone.column_of[chosen[:, alone.node]]
-            total -= (self.seconds * alone.portion)[rows, column]
+            candidate = chosen[:, alone.node]
+            total -= (self.seconds * alone.portion)[alone.row_of[candidate], alone.column_of[candidate]]
         return total

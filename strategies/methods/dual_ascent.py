@@ -79,8 +79,8 @@ class Ascent:
     """The dual of a problem, and of those that differ from it in costs alone.
 
     Attributes:
-      theta: for each node what its candidates cost, messages and loops included.
-      pairs, loops: readers of transfers; theta and the pairs' slack of a choice add up to no more than its seconds.
+      theta: for each node what its candidates cost, messages and what depends on it alone included.
+      pairs, alone: readers of transfers; theta and the pairs' slack of a choice add up to no more than its seconds.
       best: the best choice that was met, a candidate index for each node, or None.
       best_s: its seconds.
       bound_s: proved to be no more than the optimum.

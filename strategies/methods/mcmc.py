@@ -16,7 +16,7 @@ import numpy as np
 
 from ffjax.strategies.methods.base import Solution
 from ffjax.strategies.methods.moves import Moves
-from ffjax.strategies.problem import Problem, total_seconds
+from ffjax.strategies.problem import Problem, Totals
 
 _PER_CANDIDATE, _MOST = 20, 100_000
 """Proposals."""
@@ -38,15 +38,16 @@ class MCMC:
         began = time.perf_counter()
         if any(not node.candidates for node in problem.nodes):
             return None
+        total = Totals(problem).of
         cheapest = tuple(int(np.argmin(n.cost_s)) for n in problem.nodes)
-        best = min((*map(tuple, starts), cheapest), key=lambda c: total_seconds(problem, c))
+        best = min((*map(tuple, starts), cheapest), key=total)
         moves = Moves(problem, best)
         open_nodes = [n for n, node in enumerate(problem.nodes) if len(node.candidates) > 1]
         if open_nodes:
             self._anneal(moves, open_nodes)
         moves.descend()
-        found = min((best, tuple(moves.choice)), key=lambda c: total_seconds(problem, c))
-        seconds = total_seconds(problem, found)
+        found = min((best, tuple(moves.choice)), key=total)
+        seconds = total(found)
         if not math.isfinite(seconds):
             return None
         return Solution(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ffjax.ir.assignment import UNUSED
 from ffjax.ir.dims import named_dims
 from ffjax.strategies.methods.base import Solution
-from ffjax.strategies.problem import Problem, total_seconds
+from ffjax.strategies.problem import Problem, Totals
 
 State = tuple[tuple[int, ...], ...]
 """For each mesh axis its named dimensions in order of precedence."""
@@ -44,10 +44,10 @@ class NamedDimensions:
         began = time.perf_counter()
         if any(not node.candidates for node in problem.nodes):
             return None
-        space = _Space(problem)
+        space, totals = _Space(problem), Totals(problem)
         empty: State = ((),) * len(problem.mesh.axes)
         choice = space.choice(empty)
-        beam = [(total_seconds(problem, choice), empty, choice)]
+        beam = [(totals.of(choice), empty, choice)]
         best = beam[0]
         seen = {choice}
         while beam:
@@ -57,11 +57,11 @@ class NamedDimensions:
                     choice = space.choice(after, before, dim)
                     if choice not in seen:
                         seen.add(choice)
-                        found.append((total_seconds(problem, choice), after, choice))
+                        found.append((totals.of(choice), after, choice))
             found.sort(key=lambda f: f[0])
             beam = [f for f in found[: self.width] if f[0] < best[0] or not math.isfinite(best[0])]
             best = min([best, *beam], key=lambda f: f[0])
-        known = [(total_seconds(problem, c), tuple(c)) for c in starts]
+        known = [(totals.of(c), tuple(c)) for c in starts]
         seconds, choice = min([*known, (best[0], best[2])], key=lambda f: f[0])
         if not math.isfinite(seconds):
             return None

@@ -20,7 +20,7 @@ from ffjax.strategies.methods.dual_ascent import Ascent
 from ffjax.strategies.methods.moves import Moves
 from ffjax.strategies.problem import Problem, assignments
 
-PROPOSALS = 32
+PROPOSALS = 64
 _DOUBTFUL = 0.02
 """Candidates that would cost the sum a share of the step as large as this are drawn 1/e times as often as the best."""
 _DRAWS = 50
