@@ -16,9 +16,9 @@ from tables import write
 from ffjax.testing import fake_devices
 
 NOTES = (
-    "Each idiom is planned by the search on one mesh and by a named strategy on another. `numbers`: three steps (one where"
-    " there is no state) give the same results, state and metrics as the unsharded step, each within the tolerance "
-    "of its dtype. `collectives`: kinds, mesh axes and bytes are those that were planned; `fewer` where the compiler "
+    "Each idiom is planned by the search on one mesh and by a named strategy on another. `numbers`: three steps (one "
+    "where there is no state) give the results, state and metrics of the unsharded step, each within the tolerance of "
+    "its dtype. `collectives`: kinds, mesh axes and bytes are those that were planned; `fewer` where the compiler "
     "computes once what the program computes twice, or makes one of two all-to-alls in a row. `warned`: what of, if at "
     "all.",
 )
