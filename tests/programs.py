@@ -572,6 +572,44 @@ def debug_prints() -> Case:
     return Case(step=step, args=(weights(16, 16), values(8, 16)))
 
 
+@program(warns="come in any order")
+def ordered_prints() -> Case:
+    """An order that JAX keeps on one device only."""
+
+    def step(w: Array, x: Array) -> Array:
+        def body(h: Array, i: Array) -> tuple[Array, Array]:
+            jax.debug.print("trip {i}", i=i, ordered=True)
+            return jnp.tanh(h @ w), h.mean()
+
+        return jax.lax.scan(body, x, jnp.arange(3))[0]
+
+    return Case(step=step, args=(weights(16, 16), values(8, 16)))
+
+
+@program()
+def references() -> Case:
+    """Arrays that are written to in place, inside a loop."""
+
+    def step(w: Array, x: Array) -> Array:
+        total = jax.new_ref(jnp.zeros_like(x))
+
+        def body(i: Array, _: None) -> None:
+            total[...] = total[...] + jnp.tanh(x @ w) * i
+
+        jax.lax.fori_loop(0, 3, body, None)
+        return total[...]
+
+    return Case(step=step, args=(weights(16, 16), values(8, 16)))
+
+
+@program()
+def series_that_run_until_they_converge() -> Case:
+    def step(x: Array) -> tuple[Array, Array]:
+        return jax.scipy.special.gammainc(2.0, jnp.abs(x)), jax.scipy.special.betainc(1.5, 2.5, jax.nn.sigmoid(x))
+
+    return Case(step=step, args=(values(16, 16),))
+
+
 @program()
 def debug_callback_in_a_loop() -> Case:
     def step(w: Array, x: Array) -> Array:

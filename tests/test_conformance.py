@@ -7,23 +7,18 @@ and one in `RUNS` also runs; `pytest --full` runs all of them, under every strat
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import pathlib
 import sys
-import warnings
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from conformance import MODULES
+from conformance import load
 from conformance.harness import IDIOMS, MESHES, STRATEGIES, check
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of the libraries themselves
-    for module in MODULES:
-        importlib.import_module(f"conformance.{module}")
+load()
 
 RUNS = 6
 PLANS = list(itertools.product(STRATEGIES, MESHES))

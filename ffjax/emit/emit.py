@@ -89,9 +89,11 @@ class _Interpreter:
 
     def moved(self, array: jax.Array, value: int, op: int, index: int) -> jax.Array:
         """A value in the sharding in which an op reads it."""
-        if self.graph.values[value].constant or not self.graph.values[value].shape:
+        if not self.graph.values[value].shape:
             return array
         spec = self.layout.operand(op, index)
+        if self.graph.values[value].constant:
+            return array if self.is_constant(op) else self.constant(array, value, spec)
         if spec == self.layout.home(value):
             return array
         way: tuple[Spec, ...] = ()
@@ -101,6 +103,16 @@ class _Interpreter:
                 self.copies[value, way] = self.constrain(array, hop.spec)
             array = self.copies[value, way]
         return array
+
+    def is_constant(self, op: int) -> bool:
+        results = self.graph.ops[op].results
+        return bool(results) and all(self.graph.values[v].constant for v in results)
+
+    def constant(self, array: jax.Array, value: int, spec: Spec) -> jax.Array:
+        """A constant held as it is read: Shardy repeats one for each op, but not for two operands of the same op."""
+        if (value, (spec,)) not in self.copies:
+            self.copies[value, (spec,)] = self.constrain(array, spec)
+        return self.copies[value, (spec,)]
 
     def write(self, array: jax.Array, var: Var, op: int | None) -> jax.Array:
         """A result as its op leaves it."""

@@ -143,12 +143,12 @@ def _elementwise(eqn: JaxprEqn) -> OpShardingRule:
     return elementwise(*shapes(eqn)) or whole(eqn)
 
 
-# Each lowers to a loop, which Shardy takes for a black box.
+# Each lowers to a loop, which Shardy takes for a black box. These loop until all elements have converged: on pieces,
+# or every trip would ask all devices.
+for _name in ("igamma", "igammac", "igamma_grad_a", "regularized_incomplete_beta"):
+    register_rule(_name, on_pieces=True)(_elementwise)
+
 for _name in (
-    "igamma",
-    "igammac",
-    "igamma_grad_a",
-    "regularized_incomplete_beta",
     "threefry2x32",
     "threefry4x32",
     "philox2x32",

@@ -29,6 +29,7 @@ from ffjax.ir.compat import (
     shape_of,
     source_line,
     struct_of,
+    unordered,
     with_equations,
 )
 
@@ -50,20 +51,26 @@ _CALLS = {
 }
 
 
+Lines = dict[str, dict[str, None]]
+"""What the plan cannot keep of a step, as a sentence with room for the lines where it is."""
+
+_CONSTRAINTS = (
+    "sharding constraints of its own ({}), which are left out: the plan decides. Remedy: remove them; what must stay "
+    "as it is can be pinned (pins=)"
+)
+_ORDER = "ordered prints or callbacks ({}), which come in any order on several devices. Remedy: ordered=False"
+
+
 def inline(closed: ClosedJaxpr) -> tuple[Jaxpr, tuple[Array, ...]]:
     """Returns `(jaxpr, closures)`: the jaxpr takes the arrays `closures` first, then its own arguments.
 
-    Sharding constraints, which name a mesh that is not the plan's, are left out; one `FfjaxWarning` lists their lines.
+    Sharding constraints, which name a mesh that is not the plan's, are left out, and so is the order of debug prints;
+    one `FfjaxWarning` of each lists their lines.
     """
-    dropped: dict[str, None] = {}
+    dropped: Lines = {}
     jaxpr, closures = _Body(closed.jaxpr, closed.consts, dropped).build()
-    if dropped:
-        warnings.warn(
-            f"the step has sharding constraints of its own ({', '.join(dropped)}), which are left out: the plan "
-            "decides. Remedy: remove them; what must stay as it is can be pinned (pins=)",
-            FfjaxWarning,
-            stacklevel=2,
-        )
+    for what, lines in dropped.items():
+        warnings.warn(f"the step has {what.format(', '.join(lines))}", FfjaxWarning, stacklevel=2)
     return eliminate_dead_code(jaxpr), closures
 
 
@@ -77,9 +84,7 @@ def is_barrier(eqn: JaxprEqn) -> bool:
 class _Body:
     """One jaxpr on its way to being flat: fresh variables, lifted constants, new equations."""
 
-    def __init__(
-        self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: dict[str, None], caller: JaxprEqn | None = None
-    ) -> None:
+    def __init__(self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: Lines, caller: JaxprEqn | None = None) -> None:
         self.jaxpr = jaxpr
         self.dropped = dropped
         self.caller = caller
@@ -113,7 +118,10 @@ class _Body:
 
     def add(self, jaxpr: Jaxpr, env: dict[Var, Atom]) -> None:
         for eqn in jaxpr.eqns:
-            eqn = _scalar_test(placed(eqn, self.caller))  # noqa: PLW2901
+            given = _scalar_test(placed(eqn, self.caller))
+            eqn = unordered(given)  # noqa: PLW2901
+            if eqn is not given:
+                self.dropped.setdefault(_ORDER, {})[source_line(eqn)] = None
             operands = [self.read(v, env) for v in eqn.invars]
             name = eqn.primitive.name
             if name in _CALLS and not is_barrier(eqn):
@@ -124,8 +132,8 @@ class _Body:
                 start, stop = counts.matvec + counts.vecmat, sum(counts)
                 own = operands[start : start + counts.solve] + operands[stop:]
                 results = self.call(eqn, eqn.params["jaxprs"].solve, own)
-            elif name == "sharding_constraint":
-                self.dropped[source_line(eqn)] = None
+            elif name in ("sharding_constraint", "shard_alike"):
+                self.dropped.setdefault(_CONSTRAINTS, {})[source_line(eqn)] = None
                 results = operands
             else:
                 params, extra = self.params(eqn)
@@ -234,7 +242,8 @@ def _scalar_test(eqn: JaxprEqn) -> JaxprEqn:
         "body_jaxpr": jax.make_jaxpr(advance)(*avals),
         "body_nconsts": tested + read,
     }
-    return eqn.replace(invars=[*eqn.invars[:tested], *eqn.invars], params=params)
+    scalar: JaxprEqn = eqn.replace(invars=[*eqn.invars[:tested], *eqn.invars], params=params)
+    return scalar
 
 
 def _insert(eqn: JaxprEqn, operands: list[Atom], extra: dict[str, list[Atom]]) -> list[Atom]:
