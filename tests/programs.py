@@ -1053,3 +1053,29 @@ def sizes_that_divide_by_nothing() -> Case:
 @program()
 def unused_arguments() -> Case:
     return Case(step=lambda w, x, unused: x @ w, args=(weights(16, 16), values(8, 16), {"y": values(8, 16)}))
+
+
+@program()
+def sums_of_contractions() -> Case:
+    """Gradients of one value through several weights, in a loop and outside, added, negated, scaled and transposed."""
+
+    def step(w: dict[str, Any], x: Array) -> tuple[Any, Array]:
+        def loss_fn(w: dict[str, Any]) -> Array:
+            def layer(h: Array, w: dict[str, Array]) -> tuple[Array, None]:
+                inner = jnp.sin(h)
+                query, key, value = (jnp.einsum("btd,dhk->bthk", inner, w[name]) for name in "qkv")
+                scores = jax.nn.softmax(jnp.einsum("bqhk,bshk->bhqs", query, key))
+                return h + jnp.einsum("bhqs,bshk,hkd->bqd", scores, value, w["o"]), None
+
+            h = jax.lax.scan(layer, x, w["layers"])[0]
+            routed, dense = jnp.sin(h), jnp.cos(h)
+            gates = jax.nn.softmax(routed @ w["router"])
+            queued = jnp.einsum("bte,btc,btd->ebcd", gates, x[..., :4], routed)
+            up, gate = dense @ w["up"], -(dense @ w["gate"]) / 2
+            return jnp.mean(queued**2) + jnp.mean((up * jnp.tanh(gate) + (dense @ w["more"] - up)) ** 2)
+
+        return descend(w, loss_fn)
+
+    layers = {name: weights(2, 16, 8, 4, seed=i) / 4 for i, name in enumerate("qkv")} | {"o": weights(2, 8, 4, 16) / 4}
+    dense = {name: weights(16, 32, seed=i) / 4 for i, name in enumerate(("up", "gate", "more"))}
+    return Case(step=step, args=({"layers": layers, "router": weights(16, 8)} | dense, values(8, 8, 16)))

@@ -104,7 +104,7 @@ def test_a_method_does_what_all_methods_do(row: Row, picks: list[Pick], mesh: Me
 
 @rows
 def test_a_method_finds_nothing_where_nothing_is_possible(row: Row) -> None:
-    problem = random_problem([(0, 0, 1)], MeshShape(("x",), (4,)))
+    problem = random_problem([("dot", 0, 1)], MeshShape(("x",), (4,)))
     every = [range(len(n.candidates)) for n in problem.nodes]
     assert row.make(problem).solve(restrict(problem, [[], *every[1:]])) is None
     infinite = [dataclasses.replace(t, seconds=np.full_like(t.seconds, np.inf)) for t in problem.transfers]
@@ -112,7 +112,7 @@ def test_a_method_finds_nothing_where_nothing_is_possible(row: Row) -> None:
 
 
 def test_every_method_is_in_the_table() -> None:
-    problem = random_problem([(0, 0, 1)], MeshShape(("x",), (4,)))
+    problem = random_problem([("dot", 0, 1)], MeshShape(("x",), (4,)))
     assert {type(row.make(problem)) for row in TABLE} == {*METHODS, Refinement}
 
 

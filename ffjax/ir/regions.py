@@ -19,7 +19,7 @@ from ffjax.ir.compose import NEED_REPLICATION
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.merging import merged_copies, merged_sums
 from ffjax.ir.op_kinds import is_light, is_reduction
-from ffjax.ir.sums import CONTRACTIONS, Contracted, DelayedSum, delayed_sums
+from ffjax.ir.sums import CONTRACTION, Contracted, DelayedSum, delayed_sums
 
 Dims = tuple[tuple[int, ...], ...]
 """For each dimension of a value the atoms that index it, major to minor, numbered within one region."""
@@ -156,7 +156,7 @@ class _Joiner:
         """Both views of each value that passes from one op of a delayed sum to the next."""
         for op in (self.graph.ops[o] for o in found.ops):
             for index, value in enumerate(op.operands):
-                if op.kind not in CONTRACTIONS and value != NO_VALUE:
+                if op.kind != CONTRACTION and value != NO_VALUE:
                     yield self.dims[self.graph.values[value].producer][1][0], self.dims[op.id][0][index]
 
     def join_reductions(self) -> None:

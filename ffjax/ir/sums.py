@@ -7,7 +7,7 @@ over the same mesh axes, and one reduction of their sum does for all:
 
 A *delayed sum* is a tree of linear ops whose leaves are contractions, and whose inner values nobody else reads. It is
 found where the leaves reduce over dimensions that pair up, so that a mesh axis that splits one splits all, and where
-the sum is smaller than its terms together, so that to wait is never dearer.
+the sum is no larger than its terms together, so that to wait is never dearer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from ffjax.ir.compat import dtype_of
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 
-CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
+CONTRACTION = "dot_general"
 _ADDING = frozenset({"add", "add_any", "sub"})
 _MAPPING = frozenset({"neg", "transpose"})
 _SCALING = frozenset({"mul", "div"})
@@ -91,7 +91,7 @@ def delayed_sums(
         if len(op.results) != 1:
             continue
         result = graph.values[op.results[0]]
-        if op.kind in CONTRACTIONS:
+        if op.kind == CONTRACTION:
             if atoms := tuple(contracted.atoms(op)):
                 terms[result.id] = _Term(atoms, result.bytes)
             continue
@@ -104,7 +104,7 @@ def delayed_sums(
             continue
         left, right = inner
         pairs = contracted.pairs(left.reduced, right.reduced)
-        if pairs and result.bytes < left.bytes + right.bytes:
+        if pairs and result.bytes <= left.bytes + right.bytes:
             terms[result.id] = _Term(tuple(a for a, _ in pairs), left.bytes + right.bytes)
             paired[op.id] = pairs
     found: list[DelayedSum] = []
@@ -116,7 +116,7 @@ def delayed_sums(
         while ahead:
             op = graph.ops[ahead.pop()]
             ops.append(op.id)
-            if op.kind not in CONTRACTIONS:
+            if op.kind != CONTRACTION:
                 ahead += [graph.values[v].producer for v in op.operands if v != NO_VALUE]
         inside.update(ops)
         pairs = [pair for op_id in ops for pair in paired.get(op_id, ())]
