@@ -11,13 +11,20 @@ split with one that cannot: there the edge stays, and resharding across it is pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, Factors
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, kinds_of
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.merging import merged_copies, merged_sums
 from ffjax.ir.op_kinds import is_light, is_reduction
+from ffjax.ir.rules import OpShardingRule
+
+Ints = NDArray[np.int64]
 
 Dims = tuple[tuple[int, ...], ...]
 """For each dimension of a value the atoms that index it, major to minor, numbered within one region."""
@@ -85,23 +92,99 @@ def find_regions(graph: Graph) -> Regions:
     return _Joiner(graph).join()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Template:
+    """A rule with its factors of size 1 dropped: what all ops of this rule have in common.
+
+    Dimensions of operands and results as the rule's own atoms, numbered from 0; then all of them in one row, and beside
+    each of that row the slot (operands first, then results) that it is of.
+    """
+
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    sizes: list[int]
+    kinds: list[int]
+    reduced: tuple[int, ...]
+    flat: Ints
+    slot: Ints
+
+    @classmethod
+    def of(cls, rule: OpShardingRule) -> _Template:
+        kept = [f for f, size in enumerate(rule.sizes) if size > 1]
+        number = {f: i for i, f in enumerate(kept)}
+        kinds = kinds_of(rule)
+        sides = [tuple(tuple(tuple(number[f] for f in d if f in number) for d in v) for v in rule.operands)]
+        sides.append(tuple(tuple(tuple(number[f] for f in d if f in number) for d in v) for v in rule.results))
+        row = [(a, slot) for slot, dims in enumerate(sides[0] + sides[1]) for dim in dims for a in dim]
+        return cls(
+            operands=sides[0],
+            results=sides[1],
+            sizes=[rule.sizes[f] for f in kept],
+            kinds=[kinds[f] for f in kept],
+            reduced=tuple(
+                dict.fromkeys(number[f] for v in rule.operands for d in v for f in d if f in rule.reduction & set(kept))
+            ),
+            flat=np.array([a for a, _ in row], dtype=np.int64),
+            slot=np.array([slot for _, slot in row], dtype=np.int64),
+        )
+
+    def dims(self, names: tuple[int, ...]) -> OpDims:
+        """The dimensions of an op whose atoms have these names."""
+
+        def named(value: Dims) -> Dims:
+            return tuple(tuple(names[a] for a in dim) for dim in value)
+
+        return OpDims(
+            operands=tuple(map(named, self.operands)),
+            results=tuple(map(named, self.results)),
+            reduced=tuple(dict.fromkeys(names[a] for a in self.reduced)),
+        )
+
+
 class _Joiner:
+    """Ops bring atoms of their own, one for each factor; joining is a union-find over these.
+
+    Atoms are never split here: ties are between views of one shape that are each one factor per dimension, and all
+    other joins leave dimensions alone that are divided differently.
+    """
+
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.factors = Factors()
-        # By op: the atoms of each operand's and each result's dimensions.
-        self.dims: list[tuple[list[list[list[int]]], list[list[list[int]]]]] = []
-        # By atom: which values it indexes, so that a join that would index one twice is seen.
-        self.where: dict[int, set[tuple[int, int]]] = {}
+        known: dict[int, _Template] = {}
+        self.of: list[_Template] = []
+        self.base: list[int] = []
+        """For each op its first atom."""
+        self.sizes: list[int] = []
+        self.kinds: list[int] = []
         for op in graph.ops:
-            operands, results = self.factors.instantiate(op.rule)
-            self.dims.append((operands, results))
-            for slot, dims in enumerate(operands + results):
-                for dim in dims:
-                    for atom in dim:
-                        self.where.setdefault(atom, set()).add((op.id, slot))
+            template = known.get(id(op.rule))
+            if template is None:
+                template = known[id(op.rule)] = _Template.of(op.rule)
+            self.of.append(template)
+            self.base.append(len(self.sizes))
+            self.sizes += template.sizes
+            self.kinds += template.kinds
+        self.parent = list(range(len(self.sizes)))
+        # Every atom in every dimension in which it is, in the order of ops, as parallel rows.
+        counts = np.array([len(t.flat) for t in self.of], dtype=np.int64)
+        slots = np.array([len(t.operands) + len(t.results) for t in self.of], dtype=np.int64)
+        nothing = [np.zeros(0, dtype=np.int64)]
+        self.row = np.concatenate(nothing + [t.flat for t in self.of]) + np.repeat(
+            np.array(self.base, dtype=np.int64), counts
+        )
+        self.row_op = np.repeat(np.arange(len(graph.ops), dtype=np.int64), counts)
+        first_slot = np.cumsum(slots) - slots
+        row_slot = np.concatenate(nothing + [t.slot for t in self.of]) + np.repeat(first_slot, counts)
+        # By atom: which values it indexes, so that a join that would index one twice is seen.
+        self.where: list[set[int]] = [set() for _ in self.sizes]
+        for atom, slot in zip(self.row.tolist(), row_slot.tolist(), strict=True):
+            self.where[atom].add(slot)
+        self.made = [(0, 0)] * len(graph.values)
+        """For each value the op that makes it, and as which of its results."""
         self.consumers: list[list[tuple[int, int]]] = [[] for _ in graph.values]
         for op in graph.ops:
+            for index, value in enumerate(op.results):
+                self.made[value] = (op.id, index)
             for index, value in enumerate(op.operands):
                 if value != NO_VALUE:
                     self.consumers[value].append((op.id, index))
@@ -110,21 +193,23 @@ class _Joiner:
     def join(self) -> Regions:
         graph = self.graph
         for (op_a, side_a, i), (op_b, side_b, j) in graph.ties:
-            self.unify(self.port(op_a, side_a, i), self.port(op_b, side_b, j), force=True)
+            self.unify(self.base[op_a], self.port(op_a, side_a, i), self.base[op_b], self.port(op_b, side_b, j), True)
         for op in graph.ops:
-            if not self.light[op.id]:
-                continue
-            for index, value in enumerate(op.operands):
-                if value != NO_VALUE and self.follows(op, value):
-                    producer = graph.values[value].producer
-                    result = graph.ops[producer].results.index(value)
-                    self.unify(self.dims[producer][1][result], self.dims[op.id][0][index])
+            if self.light[op.id]:
+                for index, value in enumerate(op.operands):
+                    if value != NO_VALUE and self.follows(op, value):
+                        self.pass_on(value, op.id, index)
         self.join_reductions()
         self.join_namesakes()
         return self.collect()
 
-    def port(self, op: int, side: str, index: int) -> list[list[int]]:
-        return self.dims[op][0 if side == "operand" else 1][index]
+    def port(self, op: int, side: str, index: int) -> Dims:
+        return self.of[op].operands[index] if side == "operand" else self.of[op].results[index]
+
+    def pass_on(self, value: int, op: int, operand: int) -> None:
+        """Joins a value as it is made with an operand of an op that reads it."""
+        maker, result = self.made[value]
+        self.unify(self.base[maker], self.of[maker].results[result], self.base[op], self.of[op].operands[operand])
 
     def follows(self, op: Op, value: int) -> bool:
         """Whether an op takes over the sharding of the value that it reads."""
@@ -142,11 +227,11 @@ class _Joiner:
 
     def join_reductions(self) -> None:
         """A reduction whose result comes back to its operand's region (mean, max, norm) belongs to it."""
-        roots = self.components()
+        roots = self.components().tolist()
         joined: dict[int, int] = {}
 
         def root(op: int) -> int:
-            at = roots[op]
+            at: int = roots[op]
             while at in joined:
                 at = joined[at]
             return at
@@ -160,9 +245,9 @@ class _Joiner:
                 continue
             readers = [(c, i) for c, i in self.consumers[op.results[0]] if self.light[c]]
             if any(root(c) == root(producer.id) for c, _ in readers):
-                self.unify(self.dims[producer.id][1][producer.results.index(value.id)], self.dims[op.id][0][0])
+                self.pass_on(value.id, op.id, 0)
                 for c, i in readers:
-                    self.unify(self.dims[op.id][1][0], self.dims[c][0][i])
+                    self.pass_on(op.results[0], c, i)
                     if root(c) != root(producer.id):
                         joined[root(c)] = root(producer.id)
 
@@ -171,143 +256,136 @@ class _Joiner:
 
         Two computations that share only a small table have a batch each: one mesh axis could not split both.
         """
-        names = Factors()
-        parts = self.components()
-        atoms = {a for a in self.where if self.factors.find(a) == a}
-        name = {a: names.new(self.factors.size(a)) for a in sorted(atoms)}
+        root = self.roots()
+        sizes = np.array(self.sizes, dtype=np.int64)
+        left: list[int] = []
+        right: list[int] = []
         for op in self.graph.ops:
-            for index, value in enumerate(op.operands):
+            template, base = self.of[op.id], self.base[op.id]
+            for value, read in zip(op.operands, template.operands, strict=True):
                 if value == NO_VALUE or self.graph.values[value].constant:
                     continue
-                producer = self.graph.ops[self.graph.values[value].producer]
-                made = self.dims[producer.id][1][producer.results.index(value)]
-                for left, right in zip(made, self.dims[op.id][0][index], strict=True):
-                    xs, ys = self.factors.leaves(left), self.factors.leaves(right)
-                    if [self.factors.size(x) for x in xs] == [self.factors.size(y) for y in ys]:
-                        for x, y in zip(xs, ys, strict=True):
-                            names.merge(name[x], name[y])
+                maker, result = self.made[value]
+                start = self.base[maker]
+                for xs, ys in zip(self.of[maker].results[result], read, strict=True):
+                    if len(xs) == len(ys) and all(
+                        self.sizes[start + x] == self.sizes[base + y] for x, y in zip(xs, ys, strict=True)
+                    ):
+                        left += [start + x for x in xs]
+                        right += [base + y for y in ys]
+        names = _connected(len(sizes), root[left], root[right])
+        part = np.zeros(len(sizes), dtype=np.int64)
+        part[root[self.row]] = self.components()[self.row_op]
         alike: dict[tuple[int, int, int], list[int]] = {}
-        for atom in sorted(atoms):
-            key = (parts[min(self.where[atom])[0]], names.find(name[atom]), self.factors.size(atom))
-            alike.setdefault(key, []).append(atom)
+        atoms = np.unique(root[self.row])
+        for atom, *key in zip(atoms.tolist(), part[atoms].tolist(), names[atoms].tolist(), sizes[atoms].tolist()):
+            alike.setdefault(tuple(key), []).append(atom)
         for group in alike.values():
             for other in group[1:]:
-                self.unify([[group[0]]], [[other]])
+                self.unify(group[0], _ONE, other, _ONE)
 
-    def components(self) -> list[int]:
+    def roots(self) -> Ints:
+        """For each atom the one that stands for all that it is joined with."""
+        root = np.array(self.parent, dtype=np.int64)
+        while not np.array_equal(further := root[root], root):
+            root = further
+        return root
+
+    def components(self) -> Ints:
         """For each op the first op of its region: ops that share an atom are in one."""
-        parent = list(range(len(self.graph.ops)))
-        owner: dict[int, int] = {}
+        ops = len(self.graph.ops)
+        return _connected(ops + len(self.sizes), self.row_op, self.roots()[self.row] + ops)[:ops]
 
-        def find(op: int) -> int:
-            while parent[op] != op:
-                parent[op] = parent[parent[op]]
-                op = parent[op]
-            return op
+    def find(self, atom: int) -> int:
+        parent = self.parent
+        while parent[atom] != atom:
+            parent[atom] = parent[parent[atom]]
+            atom = parent[atom]
+        return atom
 
-        for op in self.graph.ops:
-            for side in self.dims[op.id]:
-                for value in side:
-                    for dim in value:
-                        for atom in self.factors.leaves(dim):
-                            a, b = find(op.id), find(owner.setdefault(atom, op.id))
-                            if a != b:
-                                parent[max(a, b)] = min(a, b)
-        return [find(op.id) for op in self.graph.ops]
-
-    def unify(self, a: list[list[int]], b: list[list[int]], *, force: bool = False) -> None:
+    def unify(self, base_a: int, a: Dims, base_b: int, b: Dims, force: bool = False) -> None:
         """Joins two views of one value, dimension by dimension, wherever that is sound."""
-        factors = self.factors
+        find, sizes, kinds, where = self.find, self.sizes, self.kinds, self.where
         for left, right in zip(a, b, strict=True):
-            xs, ys = factors.leaves(left), factors.leaves(right)
-            if [factors.size(x) for x in xs] != [factors.size(y) for y in ys]:
-                if force:
-                    factors.unify(left, right)
+            if len(left) != len(right):
                 continue
-            for x, y in zip(xs, ys, strict=True):
+            pairs = [(find(base_a + x), find(base_b + y)) for x, y in zip(left, right, strict=True)]
+            if any(sizes[x] != sizes[y] for x, y in pairs):
+                continue
+            for one, two in pairs:
+                # The oldest stands for all, so that results do not depend on the order of joins.
+                x, y = (one, two) if one < two else (two, one)
                 if x == y:
                     continue
-                splittable = (factors.kind(x) ^ factors.kind(y)) & (NEED_REPLICATION | PERMUTATION) == 0
-                small, large = sorted((self.where.get(x, set()), self.where.get(y, set())), key=len)
+                splittable = (kinds[x] ^ kinds[y]) & (NEED_REPLICATION | PERMUTATION) == 0
+                small, large = where[x], where[y]
+                if len(small) > len(large):
+                    small, large = large, small
                 if force or (splittable and small.isdisjoint(large)):
-                    factors.merge(x, y)
+                    self.parent[y] = x
+                    kinds[x] |= kinds[y]
                     large |= small
-                    self.where.pop(x, None), self.where.pop(y, None)
-                    self.where[factors.find(x)] = large
-
-    def reduced(self, op: Op) -> Iterable[int]:
-        """The atoms of an op's reduction factors."""
-        if op.rule.reduction:
-            for value, dims in zip(op.rule.operands, self.dims[op.id][0], strict=True):
-                for dim, atoms in zip(value, dims, strict=True):
-                    factors = [f for f in dim if op.rule.sizes[f] > 1]
-                    for factor, atom in zip(factors, atoms, strict=True):
-                        if factor in op.rule.reduction:
-                            yield from self.factors.leaves((atom,))
+                    where[x] = where[y] = large
 
     def collect(self) -> Regions:
         """Numbers the regions and, within each, its atoms, both in the order of the ops."""
-        graph, factors = self.graph, self.factors
-        roots = self.components()
-        resolved: list[tuple[list[tuple[tuple[int, ...], ...]], list[tuple[tuple[int, ...], ...]]]] = []
-        for op in graph.ops:
-            both = tuple(
-                [tuple(tuple(factors.leaves(dim)) for dim in value) for value in side] for side in self.dims[op.id]
-            )
-            resolved.append((both[0], both[1]))
-        regions: list[Region] = []
-        numbers: dict[int, int] = {}
-        region_of: list[int] = []
-        local: list[dict[int, int]] = []
-        home: list[Dims] = [()] * len(graph.values)
+        graph = self.graph
+        first_op, region_of = np.unique(self.components(), return_inverse=True)
+        regions = [Region(id=i) for i in range(len(first_op))]
+        root = self.roots()
+        # Atoms by region and, within it, by appearance.
+        atoms, appears = np.unique(root[self.row], return_index=True)
+        owner = region_of[self.row_op[appears]]
+        order = np.lexsort((appears, owner))
+        atoms, owner = atoms[order], owner[order]
+        number = np.zeros(len(root), dtype=np.int64)
+        number[atoms] = np.arange(len(atoms)) - np.searchsorted(owner, owner)
+        local: list[int] = number[root].tolist()
+        shared: dict[tuple[int, tuple[int, ...]], OpDims] = {}
         ports: list[OpDims] = []
-        for op in graph.ops:
-            root = roots[op.id]
-            if root not in numbers:
-                numbers[root] = len(regions)
-                regions.append(Region(id=len(regions)))
-                local.append({})
-            region, names = regions[numbers[root]], local[numbers[root]]
-
-            def name(value: tuple[tuple[int, ...], ...], names: dict[int, int] = names) -> Dims:
-                return tuple(tuple(names.setdefault(a, len(names)) for a in dim) for dim in value)
-
-            operands = tuple(name(v) for v in resolved[op.id][0])
-            results = tuple(name(v) for v in resolved[op.id][1])
-            reduced = tuple(dict.fromkeys(names[leaf] for leaf in self.reduced(op)))
-            region.ops.append(op.id)
-            ports.append(OpDims(operands=operands, results=results, reduced=reduced))
-            region.dims.append(ports[-1])
-            region_of.append(region.id)
-            for value, dims in zip(op.results, results, strict=True):
-                home[value] = dims
-        for region, names in zip(regions, local, strict=True):
-            region.sizes = tuple(factors.size(a) for a in names)
-            twice = _indexed_twice(region)
-            region.kinds = tuple(factors.kind(a) | (NEED_REPLICATION if n in twice else 0) for a, n in names.items())
+        home: list[Dims] = [()] * len(graph.values)
+        for op, region, template, base in zip(graph.ops, region_of.tolist(), self.of, self.base, strict=True):
+            names = tuple(local[base : base + len(template.sizes)])
+            dims = shared.get((id(template), names))
+            if dims is None:
+                dims = shared[id(template), names] = template.dims(names)
+            ports.append(dims)
+            regions[region].ops.append(op.id)
+            regions[region].dims.append(dims)
+            for value, port in zip(op.results, dims.results, strict=True):
+                home[value] = port
+        twice = {id(dims): _indexed_twice(dims) for dims in shared.values()}
+        bounds = np.searchsorted(owner, np.arange(len(regions) + 1)).tolist()
+        for region, start, end in zip(regions, bounds, bounds[1:], strict=False):
+            own = atoms[start:end].tolist()
+            doubled = frozenset[int]().union(*{twice[id(dims)] for dims in region.dims})
+            region.sizes = tuple(self.sizes[a] for a in own)
+            region.kinds = tuple(
+                self.kinds[a] | (NEED_REPLICATION if n in doubled else 0) for n, a in enumerate(own)
+            )
             region.solo = len(region.ops) == 1 and not self.light[region.ops[0]]
+        made_in = region_of[[v.producer for v in graph.values]].tolist()
         edges = [
             Edge(
                 value=value,
-                source=region_of[graph.values[value].producer],
+                source=made_in[value],
                 source_dims=home[value],
-                target=region_of[op.id],
-                target_dims=ports[op.id].operands[index],
+                target=region,
+                target_dims=dims,
                 op=op.id,
                 operand=index,
             )
-            for op in graph.ops
-            for index, value in enumerate(op.operands)
+            for op, region, port in zip(graph.ops, region_of.tolist(), ports, strict=True)
+            for index, (value, dims) in enumerate(zip(op.operands, port.operands, strict=True))
             if value != NO_VALUE
+            and (made_in[value] != region or home[value] != dims)
             and graph.values[value].shape
             and not graph.values[value].constant
-            and (region_of[graph.values[value].producer], home[value])
-            != (region_of[op.id], ports[op.id].operands[index])
         ]
         return Regions(
             graph=graph,
             regions=regions,
-            region_of=region_of,
+            region_of=region_of.tolist(),
             ports=ports,
             home=home,
             edges=edges,
@@ -316,12 +394,21 @@ class _Joiner:
         )
 
 
-def _indexed_twice(region: Region) -> set[int]:
+_ONE: Dims = ((0,),)
+
+
+def _connected(count: int, left: Ints, right: Ints) -> Ints:
+    """For each of `count` things the first of those that these pairs connect it with."""
+    pairs = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+    label = connected_components(pairs, directed=False)[1]
+    return np.unique(label, return_index=True)[1][label]
+
+
+def _indexed_twice(dims: OpDims) -> frozenset[int]:
     """Atoms that index two dimensions of one value, which no mesh axis can split."""
     twice: set[int] = set()
-    for dims in region.dims:
-        for value in dims.operands + dims.results:
-            flat = [a for dim in value for a in dim]
-            if len(flat) != len(set(flat)):
-                twice |= {a for a in flat if flat.count(a) > 1}
-    return twice
+    for value in dims.operands + dims.results:
+        flat = [a for dim in value for a in dim]
+        if len(flat) != len(set(flat)):
+            twice |= {a for a in flat if flat.count(a) > 1}
+    return frozenset(twice)
