@@ -92,6 +92,7 @@ class MemoryModel:
             sums.setdefault(key, []).append(value)
         self.sums = [np.array(values, dtype=np.int64) for values in sums.values()]
         """Results that may be partial sums, by what is sharded alike."""
+        self._flushed: dict[int, Ints] = {}
 
     def peak(self, layout: Layout) -> Peak:
         """The most bytes that are live on one device at once, and where."""
@@ -134,7 +135,9 @@ class MemoryModel:
             elif compiler.copies_gathered and _gathers_inside(home, spec):
                 held.add(_COPY, copies.values, begins, begins, pieces)
             held.add(_COPY, copies.values, first, ends, pieces)
-        flushed = times.flushed(self.all_sums, mesh.devices)
+        if mesh.devices not in self._flushed:
+            self._flushed[mesh.devices] = times.flushed(self.all_sums, mesh.devices)
+        flushed = self._flushed[mesh.devices]
         for reduced in self.sums:
             value = int(reduced[0])
             producer = self.graph.values[value].producer
