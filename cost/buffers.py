@@ -103,8 +103,13 @@ def _keep_expensive(graph: Graph, in_memory: list[bool], readers: list[list[int]
     kernels: list[frozenset[int]] = [frozenset()] * len(graph.values)
     for op in reversed(graph.ops):
         own = frozenset([op.id])
-        fused = maps[op.id] and not any(in_memory[v] for v in op.results)
-        reading = frozenset[int]().union(*(kernels[v] for v in op.results)) if fused else own
+        fused = maps[op.id] and not any([in_memory[v] for v in op.results])
+        if not fused:
+            reading = own
+        elif len(op.results) == 1:
+            reading = kernels[op.results[0]]
+        else:
+            reading = frozenset[int]().union(*[kernels[v] for v in op.results])
         if op.kind in _EXPENSIVE and len(reading) > 1 and any(_reduces(graph, k, readers) for k in reading):
             for value in op.results:
                 in_memory[value] = True
