@@ -9,6 +9,7 @@ A kernel's work is spread over every atom that it iterates over, reduced ones in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,16 +67,23 @@ def compute_seconds(kernels: Sequence[Kernel], splits: Splits, model: Collective
     return op_times(model.cluster).seconds(kernels, splits)
 
 
-def reduction_seconds(
-    regions: Regions, region: Region, candidates: Sequence[Assignment], splits: Splits, model: CollectiveModel
-) -> Floats:
-    """For each candidate the seconds of the collectives that its partial sums need in one step."""
-    total = np.zeros(len(candidates))
+class Sums(NamedTuple):
+    """Sums of one region over the same atoms, of results that are split alike: how many in a step, of how many bytes.
+
+    Bytes are those of all results together, unsharded.
+    """
+
+    reduced: tuple[int, ...]
+    kept: tuple[int, ...]
+    merged: bool
+    count: float
+    bytes: float
+
+
+def sums_of(regions: Regions, region: Region) -> list[Sums]:
+    """What a region reduces in one step, whatever its sharding."""
     reducing = [(op, d) for op, d in zip(region.ops, region.dims, strict=True) if d.reduced]
-    if not reducing:
-        return total
     graph = regions.graph
-    # What reduces over the same atoms and is split alike costs alike: add up bytes and counts first.
     groups: dict[tuple[tuple[int, ...], tuple[int, ...], bool], list[float]] = {}
     for op, dims in reducing:
         trips = graph.scopes[graph.ops[op].scope].trips
@@ -84,7 +92,15 @@ def reduction_seconds(
             entry = groups.setdefault(key, [0.0, 0.0])
             entry[0] += trips
             entry[1] += trips * graph.values[value].bytes
-    for (reduced, kept, merged), (count, size) in groups.items():
+    return [Sums(*key, count, size) for key, (count, size) in groups.items()]
+
+
+def reduction_seconds(
+    sums: Sequence[Sums], candidates: Sequence[Assignment], splits: Splits, model: CollectiveModel
+) -> Floats:
+    """For each candidate the seconds of the collectives that its partial sums need in one step."""
+    total = np.zeros(len(candidates))
+    for reduced, kept, merged, count, size in sums:
         local = size / splits.of(kept)
         for index, candidate in enumerate(candidates):
             axes = tuple(n for n, a in zip(model.mesh.axes, candidate.atoms, strict=True) if a in reduced)

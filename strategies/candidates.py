@@ -43,11 +43,10 @@ def candidates(
         if allow is not None:
             own = [(a, d) for a, d in own if a == UNUSED or allow(region, a, axis)]
         options.append(own)
-    merged = _merged(region)
     found = []
     for choice in itertools.product(*options):
         assignment = Assignment(tuple(a for a, _ in choice), tuple(d for _, d in choice))
-        if _written(region, assignment, mesh, merged) and _valid(region, assignment, mesh, reduced, result, shape):
+        if _written(region, assignment, mesh) and _valid(region, assignment, mesh, reduced, result, shape):
             found.append(assignment)
     return keep(region, found) if keep is not None else found
 
@@ -81,7 +80,7 @@ def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh:
     for atom, dim in zip(assignment.atoms, assignment.scatter, strict=True):
         if dim != UNUSED and not (single and atom in reduced and 0 <= dim < len(shape)):
             return False
-    return _written(region, assignment, mesh, _merged(region)) and _valid(
+    return _written(region, assignment, mesh) and _valid(
         region, assignment, mesh, reduced, result, shape
     )
 
@@ -96,13 +95,8 @@ def _sums(regions: Regions, region: Region) -> tuple[bool, set[int], Dims, tuple
     return True, reduced, region.dims[0].results[0], graph.values[first.results[0]].shape
 
 
-def _merged(region: Region) -> set[Dims]:
-    """The views of a region's values that have a dimension of several factors."""
-    return {v for dims in region.dims for v in dims.operands + dims.results if any(len(dim) > 1 for dim in v)}
-
-
-def _written(region: Region, assignment: Assignment, mesh: MeshShape, merged: set[Dims]) -> bool:
-    return all(spec_of(dims, region.sizes, assignment, mesh) is not None for dims in merged)
+def _written(region: Region, assignment: Assignment, mesh: MeshShape) -> bool:
+    return all(spec_of(dims, region.sizes, assignment, mesh) is not None for dims in region.merged)
 
 
 def _valid(

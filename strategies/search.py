@@ -31,7 +31,7 @@ from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.overlap import EXPOSED, overlapped
 from ffjax.strategies.priced_memory import solve_within
-from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds
+from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds, wiring_of
 from ffjax.strategies.roles import Roles
 from ffjax.strategies.solver import Solver
 
@@ -201,6 +201,7 @@ class _Search:
         self.keys = family_keys(regions, marks)
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
+        self.wiring = wiring_of(regions, self.keys)
         self.dims = named_dims(regions)
         self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
         self.memory = MemoryModel(regions, self.times, self.keys)
@@ -214,7 +215,7 @@ class _Search:
         pins = self.keep(mesh) if self.keep is not None else None
         keep = _both(rules.keep(), pins)
         model = CollectiveModel(mesh, self.cluster)
-        problem = build_problem(self.regions, self.keys, self.by_family, model, rules.allow(), keep)
+        problem = build_problem(self.regions, self.keys, self.by_family, model, rules.allow(), keep, self.wiring)
         found = self._solved(strategy.name, rules.forbid(problem), (), 1.0, Solver(), thorough=alone, began=began)
         return [] if found is None else [found]
 
@@ -223,7 +224,7 @@ class _Search:
         pins = self.keep(mesh) if self.keep is not None else None
         model = CollectiveModel(mesh, self.cluster)
         began = time.perf_counter()
-        problem = build_problem(self.regions, self.keys, self.by_family, model, None, pins)
+        problem = build_problem(self.regions, self.keys, self.by_family, model, None, pins, self.wiring)
         starts = [c for f in named_ if (c := choice_of(problem, f.layout.assignments)) is not None]
         solver, found = Solver(), list[Found]()
         for exposed in EXPOSED if self.cluster.async_collectives else (1.0,):

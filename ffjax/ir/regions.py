@@ -11,6 +11,7 @@ split with one that cannot: there the edge stays, and resharding across it is pr
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +53,8 @@ class Region:
     kinds: tuple[int, ...] = ()
     solo: bool = False
     """One op that does work: its partial results may be reduce-scattered."""
+    merged: frozenset[Dims] = frozenset()
+    """The views of its values that have a dimension of several factors."""
 
     def can_split(self, atom: int) -> bool:
         return not self.kinds[atom] & NEED_REPLICATION
@@ -128,6 +131,9 @@ class _Template:
             slot=np.array([slot for _, slot in row], dtype=np.int64),
         )
 
+    def port(self, side: str, index: int) -> Dims:
+        return self.operands[index] if side == "operand" else self.results[index]
+
     def dims(self, names: tuple[int, ...]) -> OpDims:
         """The dimensions of an op whose atoms have these names."""
 
@@ -139,6 +145,10 @@ class _Template:
             results=tuple(map(named, self.results)),
             reduced=tuple(dict.fromkeys(names[a] for a in self.reduced)),
         )
+
+
+_View = tuple[_Template, str, int]
+"""One side of an op, and which operand or result it is."""
 
 
 class _Joiner:
@@ -189,11 +199,13 @@ class _Joiner:
                 if value != NO_VALUE:
                     self.consumers[value].append((op.id, index))
         self.light = [is_light(op) for op in graph.ops]
+        self.known: dict[Hashable, tuple[tuple[int, int], ...]] = {}
 
     def join(self) -> Regions:
         graph = self.graph
         for (op_a, side_a, i), (op_b, side_b, j) in graph.ties:
-            self.unify(self.base[op_a], self.port(op_a, side_a, i), self.base[op_b], self.port(op_b, side_b, j), True)
+            pairs = self.pairs((self.of[op_a], side_a, i), (self.of[op_b], side_b, j))
+            self.unify(self.base[op_a], self.base[op_b], pairs, force=True)
         for op in graph.ops:
             if self.light[op.id]:
                 for index, value in enumerate(op.operands):
@@ -203,13 +215,24 @@ class _Joiner:
         self.join_namesakes()
         return self.collect()
 
-    def port(self, op: int, side: str, index: int) -> Dims:
-        return self.of[op].operands[index] if side == "operand" else self.of[op].results[index]
-
     def pass_on(self, value: int, op: int, operand: int) -> None:
         """Joins a value as it is made with an operand of an op that reads it."""
         maker, result = self.made[value]
-        self.unify(self.base[maker], self.of[maker].results[result], self.base[op], self.of[op].operands[operand])
+        pairs = self.pairs((self.of[maker], "result", result), (self.of[op], "operand", operand))
+        self.unify(self.base[maker], self.base[op], pairs)
+
+    def pairs(self, a: _View, b: _View) -> tuple[tuple[int, int], ...]:
+        """Which atoms of two views of one value are the same, in dimensions that both divide alike."""
+        key = id(a[0]), a[1:], id(b[0]), b[1:]
+        found = self.known.get(key)
+        if found is None:
+            found = self.known[key] = tuple(
+                pair
+                for left, right in zip(a[0].port(*a[1:]), b[0].port(*b[1:]), strict=True)
+                if [a[0].sizes[x] for x in left] == [b[0].sizes[y] for y in right]
+                for pair in zip(left, right, strict=True)
+            )
+        return found
 
     def follows(self, op: Op, value: int) -> bool:
         """Whether an op takes over the sharding of the value that it reads."""
@@ -231,9 +254,12 @@ class _Joiner:
         joined: dict[int, int] = {}
 
         def root(op: int) -> int:
-            at: int = roots[op]
+            first: int = roots[op]
+            at = first
             while at in joined:
                 at = joined[at]
+            if at != first:
+                joined[first] = at
             return at
 
         for op in self.graph.ops:
@@ -258,21 +284,22 @@ class _Joiner:
         """
         root = self.roots()
         sizes = np.array(self.sizes, dtype=np.int64)
-        left: list[int] = []
-        right: list[int] = []
+        # Reads by which atoms meet in them: for each the first atoms of the two ops.
+        meetings: dict[tuple[tuple[int, int], ...], tuple[list[int], list[int]]] = {}
         for op in self.graph.ops:
             template, base = self.of[op.id], self.base[op.id]
-            for value, read in zip(op.operands, template.operands, strict=True):
+            for index, value in enumerate(op.operands):
                 if value == NO_VALUE or self.graph.values[value].constant:
                     continue
                 maker, result = self.made[value]
-                start = self.base[maker]
-                for xs, ys in zip(self.of[maker].results[result], read, strict=True):
-                    if len(xs) == len(ys) and all(
-                        self.sizes[start + x] == self.sizes[base + y] for x, y in zip(xs, ys, strict=True)
-                    ):
-                        left += [start + x for x in xs]
-                        right += [base + y for y in ys]
+                pairs = self.pairs((self.of[maker], "result", result), (template, "operand", index))
+                if pairs:
+                    made, read = meetings.setdefault(pairs, ([], []))
+                    made.append(self.base[maker])
+                    read.append(base)
+        nothing = np.zeros(0, dtype=np.int64)
+        left = np.concatenate([nothing, *(np.array(made) + x for pairs, (made, _) in meetings.items() for x, _ in pairs)])
+        right = np.concatenate([nothing, *(np.array(read) + y for pairs, (_, read) in meetings.items() for _, y in pairs)])
         names = _connected(len(sizes), root[left], root[right])
         part = np.zeros(len(sizes), dtype=np.int64)
         part[root[self.row]] = self.components()[self.row_op]
@@ -282,7 +309,7 @@ class _Joiner:
             alike.setdefault(tuple(key), []).append(atom)
         for group in alike.values():
             for other in group[1:]:
-                self.unify(group[0], _ONE, other, _ONE)
+                self.unify(group[0], other, ((0, 0),))
 
     def roots(self) -> Ints:
         """For each atom the one that stands for all that it is joined with."""
@@ -303,29 +330,24 @@ class _Joiner:
             atom = parent[atom]
         return atom
 
-    def unify(self, base_a: int, a: Dims, base_b: int, b: Dims, force: bool = False) -> None:
-        """Joins two views of one value, dimension by dimension, wherever that is sound."""
-        find, sizes, kinds, where = self.find, self.sizes, self.kinds, self.where
-        for left, right in zip(a, b, strict=True):
-            if len(left) != len(right):
+    def unify(self, a: int, b: int, pairs: tuple[tuple[int, int], ...], *, force: bool = False) -> None:
+        """Joins pairs of atoms, counted from `a` and from `b`, wherever that is sound."""
+        find, kinds, where = self.find, self.kinds, self.where
+        for left, right in pairs:
+            one, two = find(a + left), find(b + right)
+            if one == two:
                 continue
-            pairs = [(find(base_a + x), find(base_b + y)) for x, y in zip(left, right, strict=True)]
-            if any(sizes[x] != sizes[y] for x, y in pairs):
-                continue
-            for one, two in pairs:
-                # The oldest stands for all, so that results do not depend on the order of joins.
-                x, y = (one, two) if one < two else (two, one)
-                if x == y:
-                    continue
-                splittable = (kinds[x] ^ kinds[y]) & (NEED_REPLICATION | PERMUTATION) == 0
-                small, large = where[x], where[y]
-                if len(small) > len(large):
-                    small, large = large, small
-                if force or (splittable and small.isdisjoint(large)):
-                    self.parent[y] = x
-                    kinds[x] |= kinds[y]
-                    large |= small
-                    where[x] = where[y] = large
+            # The oldest stands for all, so that results do not depend on the order of joins.
+            x, y = (one, two) if one < two else (two, one)
+            splittable = (kinds[x] ^ kinds[y]) & (NEED_REPLICATION | PERMUTATION) == 0
+            small, large = where[x], where[y]
+            if len(small) > len(large):
+                small, large = large, small
+            if force or (splittable and small.isdisjoint(large)):
+                self.parent[y] = x
+                kinds[x] |= kinds[y]
+                large |= small
+                where[x] = where[y] = large
 
     def collect(self) -> Regions:
         """Numbers the regions and, within each, its atoms, both in the order of the ops."""
@@ -358,7 +380,11 @@ class _Joiner:
         bounds = np.searchsorted(owner, np.arange(len(regions) + 1)).tolist()
         for region, start, end in zip(regions, bounds, bounds[1:], strict=False):
             own = atoms[start:end].tolist()
-            doubled = frozenset[int]().union(*{twice[id(dims)] for dims in region.dims})
+            distinct = {id(dims): dims for dims in region.dims}
+            doubled = frozenset[int]().union(*[twice[key] for key in distinct])
+            region.merged = frozenset(
+                v for dims in distinct.values() for v in dims.operands + dims.results if any(len(dim) > 1 for dim in v)
+            )
             region.sizes = tuple(self.sizes[a] for a in own)
             region.kinds = tuple(
                 self.kinds[a] | (NEED_REPLICATION if n in doubled else 0) for n, a in enumerate(own)
@@ -392,9 +418,6 @@ class _Joiner:
             merged_sums=merged_sums(graph),
             merged_copies=merged_copies(graph),
         )
-
-
-_ONE: Dims = ((0,),)
 
 
 def _connected(count: int, left: Ints, right: Ints) -> Ints:
