@@ -103,7 +103,7 @@ def _keep_expensive(graph: Graph, in_memory: list[bool], readers: list[list[int]
     kernels: list[frozenset[int]] = [frozenset()] * len(graph.values)
     for op in reversed(graph.ops):
         own = frozenset([op.id])
-        fused = maps[op.id] and not any([in_memory[v] for v in op.results])
+        fused = maps[op.id] and not any(in_memory[v] for v in op.results)
         if not fused:
             reading = own
         elif len(op.results) == 1:

@@ -80,9 +80,7 @@ def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh:
     for atom, dim in zip(assignment.atoms, assignment.scatter, strict=True):
         if dim != UNUSED and not (single and atom in reduced and 0 <= dim < len(shape)):
             return False
-    return _written(region, assignment, mesh) and _valid(
-        region, assignment, mesh, reduced, result, shape
-    )
+    return _written(region, assignment, mesh) and _valid(region, assignment, mesh, reduced, result, shape)
 
 
 def _sums(regions: Regions, region: Region) -> tuple[bool, set[int], Dims, tuple[int, ...]]:
