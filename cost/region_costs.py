@@ -76,7 +76,7 @@ class Sums(NamedTuple):
     reduced: tuple[int, ...]
     kept: tuple[int, ...]
     merged: bool
-    count: float
+    runs: float
     bytes: float
 
 
@@ -100,13 +100,13 @@ def reduction_seconds(
 ) -> Floats:
     """For each candidate the seconds of the collectives that its partial sums need in one step."""
     total = np.zeros(len(candidates))
-    for reduced, kept, merged, count, size in sums:
+    for reduced, kept, merged, runs, size in sums:
         local = size / splits.of(kept)
         for index, candidate in enumerate(candidates):
             axes = tuple(n for n, a in zip(model.mesh.axes, candidate.atoms, strict=True) if a in reduced)
             if axes:
                 scatter = any(d != UNUSED for d in candidate.scatter)
                 alpha, beta = model.coefficients("reduce_scatter" if scatter else "all_reduce", axes)
-                share = model.share_of_one(local[index] / count) if merged else 1.0
-                total[index] += count * alpha * share + beta * local[index]
+                share = model.share_of_one(local[index] / runs) if merged else 1.0
+                total[index] += runs * alpha * share + beta * local[index]
     return total
