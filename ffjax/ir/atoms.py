@@ -187,5 +187,5 @@ def connected(count: int, left: Ints, right: Ints) -> Ints:
     """For each of `count` things the first of those that these pairs connect it with."""
     pairs = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
     label = connected_components(pairs, directed=False)[1]
-    first: Ints = np.unique(label, return_index=True)[1]
-    return first[label]
+    first: Ints = np.unique(label, return_index=True)[1][label]
+    return first
