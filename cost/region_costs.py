@@ -2,6 +2,7 @@
 
     node(r, c) = sum over kernels k of r:  trips * seconds at the local shape (`ffjax.cost.op_times`)
                + sum over ops o of r that reduce over split atoms:  trips * collective(all_reduce | reduce_scatter)
+               + where o slides a window over an image that is cut: trips * (edges permuted + the image copied)
 
 A kernel's work is spread over every atom that it iterates over, reduced ones included.
 """
@@ -17,8 +18,11 @@ from numpy.typing import NDArray
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.op_times import op_times
-from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.cost.roofline import op_seconds
+from ffjax.ir.assignment import UNUSED, Assignment, spec_of
+from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.regions import Dims, Region, Regions
+from ffjax.ir.spec import shard_count
 
 Floats = NDArray[np.float64]
 
@@ -105,8 +109,36 @@ def reduction_seconds(
         for index, candidate in enumerate(candidates):
             axes = tuple(n for n, a in zip(model.mesh.axes, candidate.atoms, strict=True) if a in reduced)
             if axes:
-                scatter = any(d != UNUSED for d in candidate.scatter)
+                to = zip(candidate.atoms, candidate.scatter, strict=True)
+                scatter = any(d != UNUSED for a, d in to if a in reduced)
                 alpha, beta = model.coefficients("reduce_scatter" if scatter else "all_reduce", axes)
                 share = model.share_of_one(local[index] / runs) if merged else 1.0
                 total[index] += runs * alpha * share + beta * local[index]
     return total
+
+
+def halo_seconds(
+    regions: Regions, region: Region, candidates: Sequence[Assignment], model: CollectiveModel
+) -> tuple[Floats, Floats]:
+    """For each candidate the seconds in which pieces of an image get their neighbours' edges: to copy, to permute.
+
+    An image is copied to lie beside what its neighbours send.
+    """
+    copied, permuted = np.zeros(len(candidates)), np.zeros(len(candidates))
+    op = regions.graph.ops[region.ops[0]]
+    found = halos(op.eqn) if region.solo else ()
+    if not found:
+        return copied, permuted
+    value = regions.graph.values[op.operands[found[0].operand]]
+    trips = regions.graph.scopes[op.scope].trips
+    device = model.cluster.device
+    for index, candidate in enumerate(candidates):
+        spec = spec_of(region.dims[0].operands[found[0].operand], region.sizes, candidate, model.mesh)
+        if spec is None:
+            continue
+        local = value.bytes / shard_count(spec, model.mesh)
+        sent = exchanges(op.eqn, spec, model.mesh, local)
+        if sent:
+            copied[index] = trips * (op_seconds(0.0, 2 * local, "float32", device, matmul=False) + device.kernel_s)
+            permuted[index] = trips * sum(model.seconds(one) for one in sent)
+    return copied, permuted

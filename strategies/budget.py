@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel, Peak, possible_sums, sums_in_memory
 from ffjax.cost.merged_remat import MERGED
-from ffjax.ir.assignment import UNUSED
+from ffjax.ir.assignment import UNUSED, spec_of
+from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims
 from ffjax.ir.spec import shard_count
-from ffjax.strategies.ilp import Instant, Solution
+from ffjax.strategies.methods.base import Solution
+from ffjax.strategies.methods.ilp import Instant
 from ffjax.strategies.problem import Problem, assignments
 
 
@@ -54,14 +56,15 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     """
     regions, graph = problem.regions, problem.regions.graph
     taken = times.bytes()
-    by_dims: dict[tuple[int, Dims], float] = {}
+    by_dims: dict[tuple[int, Dims, bool], float] = {}
     fixed = 0.0
 
     def hold(value: int, size: float) -> None:
         nonlocal fixed
         entry = graph.values[value]
         if entry.shape:
-            key = (problem.node_of[regions.region_of[entry.producer]], regions.home[value])
+            node = problem.node_of[regions.region_of[entry.producer]]
+            key = (node, regions.home[value], regions.may_scatter(value))
             by_dims[key] = by_dims.get(key, 0.0) + size
         else:
             fixed += size
@@ -71,10 +74,11 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     for value in times.new_results[at < times.first[times.new_results]].tolist():
         hold(value, float(taken[value]) * times.compiler.results_apart)
     node_bytes: dict[int, NDArray[np.float64]] = {}
-    for (node, dims), size in by_dims.items():
-        share = size / _home_splits(problem, node, dims)
+    for (node, dims, scatters), size in by_dims.items():
+        share = size / _home_splits(problem, node, dims, scatters=scatters)
         node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
     _add_sums(problem, times, taken, at, node_bytes)
+    _add_edges(problem, times, taken, at, node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
     for edge in regions.edges:
         if times.graph.ops[edge.op].kind == MERGED:
@@ -117,17 +121,40 @@ def _add_sums(
         copies = np.zeros(len(entry.candidates))
         for index, candidate in enumerate(entry.candidates):
             scatters = any(d != UNUSED for d in candidate.scatter)
-            if any(a in region.dims[0].reduced for a in candidate.atoms) and (scatters or at == made):
+            if any(a in region.dims[-1].reduced for a in candidate.atoms) and (scatters or at == made):
                 copies[index] = sums_in_memory(times.compiler, scattered=scatters)
         sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
         node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 
 
-def _home_splits(problem: Problem, node: int, dims: Dims) -> NDArray[np.float64]:
+def _add_edges(
+    problem: Problem,
+    times: Lifetimes,
+    taken: NDArray[np.float64],
+    at: int,
+    node_bytes: dict[int, NDArray[np.float64]],
+) -> None:
+    """Adds the images that lie beside their neighbours' edges under the candidates that cut them."""
+    regions, mesh = problem.regions, problem.mesh
+    for op in regions.graph.ops:
+        if times.when[op.id] != at or not (found := halos(op.eqn)):
+            continue
+        region = regions.regions[regions.region_of[op.id]]
+        node = problem.node_of[region.id]
+        image = regions.ports[op.id].operands[found[0].operand]
+        sizes = np.zeros(len(problem.nodes[node].candidates))
+        for index, candidate in enumerate(problem.nodes[node].candidates):
+            spec = spec_of(image, region.sizes, candidate, mesh)
+            if spec is not None and exchanges(op.eqn, spec, mesh, 1.0):
+                sizes[index] = taken[op.operands[found[0].operand]] / shard_count(spec, mesh)
+        node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
+
+
+def _home_splits(problem: Problem, node: int, dims: Dims, *, scatters: bool) -> NDArray[np.float64]:
     """For each candidate into how many pieces a value is split where it is made."""
     entry = problem.nodes[node]
     pieces = entry.splits.of_dims(dims).copy()
-    for index, candidate in enumerate(entry.candidates):
+    for index, candidate in enumerate(entry.candidates if scatters else ()):
         for axis, dim in enumerate(candidate.scatter):
             if dim != UNUSED:
                 pieces[index] *= problem.mesh.sizes[axis]

@@ -20,9 +20,9 @@ import numpy as np
 from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel
 from ffjax.strategies.budget import Fit, fit_of, instant
-from ffjax.strategies.ilp import Instant
+from ffjax.strategies.methods.ilp import Instant
+from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.problem import Problem, total_seconds
-from ffjax.strategies.solver import Solver
 
 _CHEAPEST, _DEAREST = 0.01, 30.0
 """Prices of all memory, in steps, between which the bisection looks."""
@@ -53,9 +53,9 @@ def solve_within(
       memory, times: of the program.
       solver: of problems of this shape.
       starts: choices that are known.
-      thorough: where nothing fits, how little would do is looked for; else it is only known that nothing was found.
+      thorough: the gap is closed, and where nothing fits, how little would do is looked for.
     """
-    solution = solver.solve(problem, starts)
+    solution = solver.solve(problem, starts, prove=thorough)
     if solution is None:
         return None
     found = fit_of(problem, solution, budget_bytes, memory)
@@ -81,7 +81,7 @@ def _solve_priced(
     def solve_at(price: float) -> Fit | None:
         nonlocal least, bound_s
         weights = [(instants[at], n / played.total() * price * step_s / free.peak.bytes) for at, n in played.items()]
-        solution = solver.solve(priced(problem, weights), gap=_PRICED_GAP, sweeps=_PRICED_SWEEPS)
+        solution = solver.solve(priced(problem, weights), gap=_PRICED_GAP, sweeps=_PRICED_SWEEPS, prove=False)
         if solution is None:
             return None
         # Lagrange: whatever fits pays no more for its bytes than for the whole budget.

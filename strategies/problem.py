@@ -12,19 +12,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.region_costs import Splits, Sums, compute_seconds, reduction_seconds, sums_of
+from ffjax.cost.region_costs import Splits, Sums, compute_seconds, halo_seconds, reduction_seconds, sums_of
 from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.reshard_chain import reshard_chain
 from ffjax.ir.spec import MeshShape, Spec, shard_count
-from ffjax.strategies.candidates import Allow, Keep, candidates
+from ffjax.strategies.candidates import Keep, candidates
 from ffjax.strategies.families import members
 
 Floats = NDArray[np.float64]
@@ -176,29 +176,29 @@ def build_problem(
     keys: Sequence[str],
     kernels: Mapping[str, Sequence[Kernel]],
     model: CollectiveModel,
-    allow: Allow | None = None,
     keep: Keep | None = None,
     wiring: Wiring | None = None,
 ) -> Problem:
     """Puts the program on one mesh.
 
-    `keys` are the families'; `allow` and `keep` restrict candidates; `wiring` is `wiring_of` them, if it is known.
+    `keys` are the families'; `keep` restricts candidates; `wiring` is `wiring_of` them, if it is known.
     """
     mesh = model.mesh
     wiring = wiring_of(regions, keys) if wiring is None else wiring
     nodes: list[Node] = []
     for (key, family), sums, late in zip(wiring.families.items(), wiring.sums, wiring.late, strict=True):
         first = regions.regions[family[0]]
-        found = candidates(regions, first, mesh, allow, keep)
+        found = candidates(regions, first, mesh, keep)
         splits = Splits(first, found, model)
         count = len(family)
+        copied_s, permuted_s = halo_seconds(regions, first, found, model)
         nodes.append(
             Node(
                 key=key,
                 regions=family,
                 candidates=found,
-                compute_s=compute_seconds(kernels.get(key, ()), splits, model),
-                reduction_s=count * reduction_seconds(sums, found, splits, model),
+                compute_s=compute_seconds(kernels.get(key, ()), splits, model) + count * copied_s,
+                reduction_s=count * (reduction_seconds(sums, found, splits, model) + permuted_s),
                 splits=splits,
                 late=late,
             )
@@ -213,7 +213,7 @@ def source_spec(regions: Regions, region: Region, dims: Dims, candidate: Assignm
     spec = spec_of(dims, region.sizes, candidate, mesh)
     if spec is None:
         raise ValueError(f"candidate {candidate} of region {region.id} cannot be written as a PartitionSpec")
-    return scattered(spec, candidate, mesh) if region.solo and dims == region.dims[0].results[0] else spec
+    return scattered(spec, candidate, mesh) if region.solo and dims == region.dims[-1].results[0] else spec
 
 
 class _Alike(NamedTuple):
@@ -292,39 +292,50 @@ def choice_of(problem: Problem, assigned: Sequence[Assignment]) -> tuple[int, ..
 
 
 def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
-    """The objective of one choice of candidates, a candidate index for each node."""
-    total = 0.0
-    for node, c in zip(problem.nodes, choice, strict=True):
-        total += node.compute_s[c] + node.reduction_s[c]
-    for transfer in problem.transfers:
-        row = transfer.seconds[transfer.row_of[choice[transfer.source]]]
-        if len(transfer.consumers) == 1:
-            (consumer,) = transfer.consumers
-            total += row[consumer.column_of[choice[consumer.node]]]
-        else:
+    """The objective of one choice of candidates, a candidate index for each node. For many of them, see `Totals`."""
+    return Totals(problem).of(choice)
+
+
+class Totals:
+    """The objective of a problem, one choice after another."""
+
+    def __init__(self, problem: Problem) -> None:
+        single = [t for t in problem.transfers if len(t.consumers) == 1]
+        readers = [t.consumers[0] for t in single]
+        self._shared = [t for t in problem.transfers if len(t.consumers) > 1]
+        self._costs, self._cost_at = _joined([n.cost_s for n in problem.nodes])
+        self._sources = np.array([t.source for t in single], np.intp)
+        self._readers = np.array([c.node for c in readers], np.intp)
+        self._rows, self._row_at = _joined([t.row_of for t in single])
+        self._columns, self._column_at = _joined([c.column_of for c in readers])
+        self._seconds, self._second_at = _joined([t.seconds.ravel() for t in single])
+        self._widths = np.array([t.seconds.shape[1] for t in single], np.intp)
+
+    def of(self, choice: Sequence[int]) -> float:
+        """Seconds of a candidate index for each node."""
+        chosen = np.asarray(choice, np.intp)
+        total = self._costs[self._cost_at + chosen].sum()
+        if len(self._sources):
+            rows = self._rows[self._row_at + chosen[self._sources]]
+            columns = self._columns[self._column_at + chosen[self._readers]]
+            total += self._seconds[self._second_at + rows * self._widths + columns].sum()
+        for transfer in self._shared:
+            row = transfer.seconds[transfer.row_of[choice[transfer.source]]]
             total += sum(row[c] for c in {c.column_of[choice[c.node]] for c in transfer.consumers})
-    return float(total)
+        return float(total)
 
 
-def choice_of(problem: Problem, assigned: Sequence[Assignment]) -> tuple[int, ...] | None:
-    """The choice that gives each family what its first region has; None where that is no candidate."""
-    choice = []
-    for node in problem.nodes:
-        wanted = assigned[node.regions[0]]
-        if wanted not in node.candidates:
-            return None
-        choice.append(node.candidates.index(wanted))
-    return tuple(choice)
+def _joined(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], Ints]:
+    """Arrays one behind another, and where each begins."""
+    ends = np.cumsum([len(a) for a in arrays], dtype=np.intp)
+    joined = np.concatenate(arrays) if arrays else np.zeros(0)
+    return joined, np.concatenate([np.zeros(1, np.intp), ends[:-1]]) if arrays else np.zeros(0, np.intp)
 
 
-def total_seconds(problem: Problem, choice: Sequence[int]) -> float:
-    """The objective of one choice of candidates, a candidate index for each node."""
-    total = sum(float(n.cost_s[c]) for n, c in zip(problem.nodes, choice, strict=True))
-    for transfer in problem.transfers:
-        row = transfer.row_of[choice[transfer.source]]
-        targets = {int(c.column_of[choice[c.node]]) for c in transfer.consumers}
-        total += float(transfer.seconds[row, list(targets)].sum())
-    return total
+def forbidden_seconds(problem: Problem) -> float:
+    """What stands for infinite seconds where infinities would spoil sums: dearer than all that is allowed."""
+    costs = [n.cost_s for n in problem.nodes] + [t.seconds[np.isfinite(t.seconds)] for t in problem.transfers]
+    return 10 * sum(float(c.max(initial=0.0)) for c in costs)
 
 
 def restrict(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:

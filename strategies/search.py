@@ -1,15 +1,17 @@
 """The search: all named strategies and the free space, on all meshes that make sense, within a memory budget.
 
 1. Every named strategy that has a use for a mesh is solved on every mesh; restricted problems are small.
-2. On the meshes where they did best the free problem is solved to a proved gap (`solver`), from where they ended. A
-   sum of costs sees no overlap, so where collectives run beside kernels it is solved for several guesses of how much
-   is hidden (`overlap`).
+2. On the meshes where they did best the free problem is solved to a proved gap (`methods/solver.py`), from where they
+   ended. A sum of costs sees no overlap, so where collectives run beside kernels it is solved for several guesses of
+   how much is hidden (`overlap`).
 3. What does not fit is solved again with a price on memory (`priced_memory`), which also finds what budget would do.
-4. Solutions are simulated, and the fastest that fits is the answer: never worse than the best named strategy.
+4. Solutions are simulated, and the fastest that fits is refined over the simulator (`methods/refinement.py`): never
+   worse than the best named strategy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,18 +29,23 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
+from ffjax.strategies.budget import layout_of
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
-from ffjax.strategies.overlap import EXPOSED, overlapped
+from ffjax.strategies.methods.refinement import Refinement
+from ffjax.strategies.methods.solver import Solver
+from ffjax.strategies.overlap import Exposed, all_hidden, observed, overlapped
 from ffjax.strategies.priced_memory import solve_within
 from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds, wiring_of
-from ffjax.strategies.roles import Roles
-from ffjax.strategies.solver import Solver
+from ffjax.strategies.roles import Roles, lacking
+from ffjax.strategies.usage import Usage
 
 MOST_AXES = 2
 """Of the meshes that are tried when none is given."""
 FREE_MESHES = 3
 """On how many meshes, beside the one with a single axis, the free problem is solved."""
+OBSERVED = 3
+"""How often at most it is solved again with collectives as exposed as they are in the best plan there."""
 
 AUTO = "auto"
 
@@ -53,7 +60,10 @@ class Found:
     """Its seconds if nothing overlapped: a sum of costs."""
     objective_s: float
     bound_s: float
-    """What was minimised, and what no choice in the same space can be below: the sum, or a part of what can overlap."""
+    """What was minimised, and what no choice in the same space can be below: the sum, or a part of what can overlap.
+
+    A refined plan has those of the solve that it came from.
+    """
     peak: Peak
     fits: bool
     algorithm: str
@@ -133,6 +143,10 @@ def search(
         raise ValueError(
             f"strategy {strategy!r} has no use for the meshes {', '.join(map(str, meshes))}; give it one with more axes"
         )
+    lacks = {s.name: lacking(search_.usage, roles) for s, _, roles in pairs}
+    pairs = [pair for pair in pairs if not lacks[pair[0].name]]
+    if not pairs and strategy != AUTO:
+        raise ValueError(f"strategy {strategy!r} is for programs that have {lacks[strategy]}; take another one")
     found: list[Found] = []
     for done, (entry, mesh, roles) in enumerate(pairs):
         if progress:
@@ -145,15 +159,25 @@ def search(
             if progress:
                 progress(f"free search on {mesh}", 0.5 + 0.5 * done / len(chosen))
             found += search_.free(mesh, [f for f in found if f.mesh == mesh])
+    solved = time.perf_counter()
+    if strategy == AUTO and cluster.async_collectives:
+        if progress:
+            progress("refinement", 1.0)
+        found += search_.refined(found)
     if not found:
         raise ValueError(f"no candidate is left for strategy {strategy!r} on any mesh; loosen the pins")
     fitting = [f for f in found if f.fits]
     best = min(fitting, key=lambda f: f.predicted_s) if fitting else min(found, key=lambda f: f.peak.bytes)
+    free = next((f for f in found if f.strategy == AUTO and f.mesh == best.mesh), None)
+    if best.strategy != AUTO and free is not None:
+        # What was proved of the strategy alone is little: what counts is the whole space.
+        best = dataclasses.replace(best, objective_s=best.step_s, bound_s=min(free.bound_s, best.step_s))
     finished = time.perf_counter()
     seconds = {
         "analyse": analysed - began,
         "named strategies": restricted - analysed,
-        "free search": finished - restricted,
+        "free search": solved - restricted,
+        "refine": finished - solved,
     }
     return SearchResult(
         best=best,
@@ -202,52 +226,103 @@ class _Search:
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
         self.wiring = wiring_of(regions, self.keys)
-        self.dims = named_dims(regions)
+        self.usage = Usage(regions, named_dims(regions))
         self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
         self.memory = MemoryModel(regions, self.times, self.keys)
         self._tasks: TaskGraph | None = None
+        self._problems: dict[MeshShape, Problem] = {}
         self._simulators: dict[MeshShape, Simulator] = {}
 
     def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> list[Found]:
         """The best plan of a named strategy on one mesh, if it has any there."""
         began = time.perf_counter()
-        rules = Roles(self.regions, self.dims, mesh, roles)
-        pins = self.keep(mesh) if self.keep is not None else None
-        keep = _both(rules.keep(), pins)
-        model = CollectiveModel(mesh, self.cluster)
-        problem = build_problem(self.regions, self.keys, self.by_family, model, rules.allow(), keep, self.wiring)
-        found = self._solved(strategy.name, rules.forbid(problem), (), 1.0, Solver(), thorough=alone, began=began)
+        problem = Roles(self.usage, mesh, roles).within(self._problem(mesh))
+        if problem is None:
+            return []
+        found = self._solved(strategy.name, problem, (), None, Solver(), thorough=alone, began=began)
         return [] if found is None else [found]
 
     def free(self, mesh: MeshShape, named_: Sequence[Found]) -> list[Found]:
         """Plans of the whole space on one mesh, the first never worse than the named ones there if nothing overlaps."""
-        pins = self.keep(mesh) if self.keep is not None else None
-        model = CollectiveModel(mesh, self.cluster)
         began = time.perf_counter()
-        problem = build_problem(self.regions, self.keys, self.by_family, model, None, pins, self.wiring)
+        problem = self._problem(mesh)
         starts = [c for f in named_ if (c := choice_of(problem, f.layout.assignments)) is not None]
         solver, found = Solver(), list[Found]()
-        for exposed in EXPOSED if self.cluster.async_collectives else (1.0,):
-            one = self._solved(AUTO, problem, starts, exposed, solver, thorough=exposed == 1.0, began=began)
-            if one is None or (not one.fits and exposed < 1.0):
-                break
-            if one.choice not in [f.choice for f in found]:
-                found.append(one)
+
+        def solve(exposed: Exposed | None) -> Found | None:
+            nonlocal began
+            one = self._solved(AUTO, problem, starts, exposed, solver, thorough=exposed is None, began=began)
             began = time.perf_counter()
+            if one is None or one.choice in [f.choice for f in found]:
+                return None
+            found.append(one)
+            return one
+
+        solve(None)
+        if not self.cluster.async_collectives or not any(f.fits for f in found):
+            return found
+        solve(all_hidden(problem))
+        for _ in range(OBSERVED):
+            best = min((f for f in [*named_, *found] if f.fits), key=lambda f: f.predicted_s)
+            self._simulated(best.layout)
+            one = solve(observed(problem, self._simulator(mesh)))
+            if one is None or one.predicted_s >= best.predicted_s:
+                break
         return found
+
+    def refined(self, found: Sequence[Found]) -> list[Found]:
+        """The fastest plan that fits, if the simulator finds a better one near it."""
+        began = time.perf_counter()
+        start = min((f for f in found if f.fits), key=lambda f: f.predicted_s, default=None)
+        if start is None:
+            return []
+        problem = self._problem(start.mesh)
+        choice = choice_of(problem, start.layout.assignments)
+        free = start if start.strategy == AUTO else next((f for f in found if f.problem is problem), None)
+        if choice is None or free is None:
+            return []
+        method = Refinement(
+            self._simulator(start.mesh),
+            lambda c: self.memory.peak(layout_of(problem, c)).bytes <= self.budget_bytes,
+        )
+        solution = method.solve(problem, [choice])
+        if solution is None or solution.choice == choice:
+            return []
+        layout = layout_of(problem, solution.choice)
+        return [
+            dataclasses.replace(
+                free,
+                step_s=total_seconds(problem, solution.choice),
+                peak=self.memory.peak(layout),
+                fits=True,
+                algorithm=f"{free.algorithm}, {method.name}",
+                seconds=time.perf_counter() - began,
+                choice=solution.choice,
+                layout=layout,
+                simulated=self._simulated(layout),
+            )
+        ]
+
+    def _problem(self, mesh: MeshShape) -> Problem:
+        """The whole space on a mesh, but for what pins leave out."""
+        if mesh not in self._problems:
+            pins = self.keep(mesh) if self.keep is not None else None
+            model = CollectiveModel(mesh, self.cluster)
+            self._problems[mesh] = build_problem(self.regions, self.keys, self.by_family, model, pins, self.wiring)
+        return self._problems[mesh]
 
     def _solved(
         self,
         name: str,
         problem: Problem,
         starts: Sequence[Sequence[int]],
-        exposed: float,
+        exposed: Exposed | None,
         solver: Solver,
         *,
         thorough: bool,
         began: float,
     ) -> Found | None:
-        objective = overlapped(problem, exposed)
+        objective = problem if exposed is None else overlapped(problem, exposed)
         fit = solve_within(objective, self.budget_bytes, self.memory, self.times, solver, starts, thorough=thorough)
         if fit is None:
             return None
@@ -270,16 +345,12 @@ class _Search:
         )
 
     def _simulated(self, layout: Layout) -> Simulated:
+        return self._simulator(layout.mesh).run(layout.assignments)
+
+    def _simulator(self, mesh: MeshShape) -> Simulator:
         if self._tasks is None:
             self._tasks = build_task_graph(self.regions, self.kernels)
-        if layout.mesh not in self._simulators:
-            model = CollectiveModel(layout.mesh, self.cluster)
-            self._simulators[layout.mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)
-        return self._simulators[layout.mesh].run(layout.assignments)
-
-
-def _both(first: Keep | None, second: Keep | None) -> Keep | None:
-    if first is None or second is None:
-        return first or second
-    # A pin is stronger than a strategy: the strategy chooses among what the pin leaves.
-    return lambda region, found: first(region, second(region, found)) if second(region, found) else []
+        if mesh not in self._simulators:
+            model = CollectiveModel(mesh, self.cluster)
+            self._simulators[mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)
+        return self._simulators[mesh]

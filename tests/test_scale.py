@@ -1,4 +1,4 @@
-"""Work grows with a program no faster than the program: counted in lines of this package that are run, not in seconds."""
+"""Work grows with a program no faster than the program does: counted in lines of this package, not in seconds."""
 
 from __future__ import annotations
 

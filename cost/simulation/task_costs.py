@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.region_costs import Splits, compute_seconds
+from ffjax.cost.region_costs import Splits, compute_seconds, halo_seconds
 from ffjax.cost.roofline import op_seconds
 from ffjax.cost.simulation.task_graph import Kinds, Read, Sum, TaskGraph
 from ffjax.ir.assignment import Assignment
+from ffjax.ir.halo import halos
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims, Regions
 from ffjax.ir.spec import Collective, CollectiveKind, Spec
@@ -101,6 +102,7 @@ class TaskCosts:
         own, device = self.own[region], self.model.cluster.device
         splits = Splits(self.regions.regions[region], [assignment], self.model)
         total = float(compute_seconds(own, splits, self.model)[0])
+        total += float(halo_seconds(self.regions, self.regions.regions[region], [assignment], self.model)[0][0])
         shares = []
         for k in own:
             traffic = sum(float(whole / splits.of_dims(dims)[0]) for dims, whole in k.traffic)
@@ -140,10 +142,10 @@ class TaskCosts:
         return tuple(copies)
 
     def _reduce(self, entry: Sum, layout: Layout) -> tuple[Hop, ...]:
+        hops = [self._hop(c.kind, c.axes, c.bytes, False) for c in layout.exchanges(entry.op)]
         axes = layout.partial_axes(entry.op)
         if not axes:
-            return ()
-        hops = []
+            return tuple(hops)
         for index, value in enumerate(layout.graph.ops[entry.op].results):
             reads = {layout.operand(op, i) for v, op, i in entry.readers if v == index}
             scatters = layout.scatters(value, axes, reads)
@@ -187,7 +189,10 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
         return sizes[region], dims
 
     return Kinds(
-        kernels=[kind(sizes[r.id], *(_content(k) for k in ks)) for r, ks in zip(regions.regions, own, strict=True)],
+        kernels=[
+            kind(sizes[r.id], _image_kind(regions, r.ops[0]) if r.solo else (), *(_content(k) for k in ks))
+            for r, ks in zip(regions.regions, own, strict=True)
+        ],
         reads=[
             kind(
                 values[r.value].bytes,
@@ -204,6 +209,7 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
                     (values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in regions.graph.ops[s.op].results
                 ),
                 sizes[s.regions[0]],
+                _image_kind(regions, s.op),
                 ports[s.op].results,
                 ports[s.op].reduced,
                 *((v, view(regions.region_of[op], ports[op].operands[i])) for v, op, i in s.readers),
@@ -213,6 +219,16 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
         read_regions=[_getter(r.regions) for r in tasks.reads],
         sum_regions=[_getter(s.regions) for s in tasks.sums],
     )
+
+
+def _image_kind(regions: Regions, op: int) -> Hashable:
+    """What an op's exchanges of edges depend on, beside the assignment of its region."""
+    node = regions.graph.ops[op]
+    found = halos(node.eqn)
+    if not found:
+        return ()
+    value = regions.graph.values[node.operands[found[0].operand]]
+    return found, value.bytes, regions.ports[op].operands[found[0].operand]
 
 
 def _content(k: Kernel) -> Hashable:

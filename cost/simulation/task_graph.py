@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from ffjax.cost.kernels import Kernel, fusible
 from ffjax.ir.graph import NO_VALUE, Graph, Op
+from ffjax.ir.halo import halos
 from ffjax.ir.regions import Regions
 
 START = -1
@@ -80,7 +81,10 @@ class Read:
 
 @dataclass(slots=True, kw_only=True)
 class Sum:
-    """An op that reduces: what its collective waits for beside its own kernel."""
+    """An op that reduces, or slides a window: what its collectives wait for beside its own kernel.
+
+    Edges of images are taken to move right after the window that needs them, which takes as long as before it.
+    """
 
     op: int
     block: int
@@ -195,7 +199,7 @@ class _Walk:
                     readers.setdefault(value, []).append((op.id, index))
         for op in self.graph.ops:
             waits, owed = self.steps(op)
-            if self.regions.ports[op.id].reduced:
+            if self.regions.ports[op.id].reduced or halos(op.eqn):
                 reads = tuple((i, *r) for i, v in enumerate(op.results) for r in readers.get(v, ()))
                 of = (op.id, *(reader for _, reader, _ in reads))
                 sums.append(

@@ -1,7 +1,8 @@
 """The factors of all ops of a program, an atom for each, and which of them are the same: a union-find over arrays.
 
-Ops that are alike share a rule, and what follows from it is worked out once (`Template`). Atoms are never split here, as
-atoms of `ffjax.ir.compose` are: views of one value that divide a dimension differently are left apart there.
+Joining never makes one atom index two dimensions of one value, and never joins one that can be split with one that
+cannot. Ops that are alike share a rule, and what follows from it is worked out once (`Template`). Atoms are never split
+here, as those of `ffjax.ir.compose` are: views of one value that divide a dimension differently are left apart there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class OpDims:
     results: tuple[Dims, ...]
     reduced: tuple[int, ...]
     """Atoms over which the op reduces: where they are split, its results are partial sums."""
+    pending: tuple[int, ...] = ()
+    """Atoms over which its results stay partial sums, to be reduced by an op to come (`ffjax.ir.sums`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +130,12 @@ class Atoms:
         self._where: list[set[int]] = [set() for _ in self.sizes]
         for atom, slot in zip(self.row.tolist(), row_slot.tolist(), strict=True):
             self._where[atom].add(slot)
+        # What is summed over cannot index the sum.
+        first_slots = (np.cumsum(slots) - slots).tolist()
+        for template, base, first in zip(self.of, self.base, first_slots, strict=True):
+            sums = range(first + len(template.operands), first + len(template.operands) + len(template.results))
+            for atom in template.reduced:
+                self._where[base + atom].update(sums)
 
     def view(self, op: int, side: str, index: int) -> View:
         return self.of[op], side, index
@@ -163,6 +172,21 @@ class Atoms:
             atom = parent[atom]
         return atom
 
+    def joins(self, x: int, y: int) -> bool:
+        """Whether two atoms can be one: both or neither can be split, and no value has both."""
+        x, y = self.find(x), self.find(y)
+        splittable = (self.kinds[x] ^ self.kinds[y]) & (NEED_REPLICATION | PERMUTATION) == 0
+        return x == y or (splittable and self._where[x].isdisjoint(self._where[y]))
+
+    def reduced(self, op: int) -> list[int]:
+        """The atoms of an op's reduction factors."""
+        return [self.find(self.base[op] + a) for a in self.of[op].reduced]
+
+    def contracted(self, op: int) -> list[int]:
+        """The atoms that an op reduces over and that can be split."""
+        kept = NEED_REPLICATION | PERMUTATION
+        return [a for a in dict.fromkeys(self.reduced(op)) if not self.kinds[a] & kept]
+
     def unify(self, a: int, b: int, pairs: tuple[tuple[int, int], ...], *, force: bool = False) -> None:
         """Joins pairs of atoms, counted from `a` and from `b`, wherever that is sound."""
         find, kinds, where = self.find, self.kinds, self._where
@@ -172,11 +196,10 @@ class Atoms:
                 continue
             # The oldest stands for all, so that results do not depend on the order of joins.
             x, y = (one, two) if one < two else (two, one)
-            splittable = (kinds[x] ^ kinds[y]) & (NEED_REPLICATION | PERMUTATION) == 0
-            small, large = where[x], where[y]
-            if len(small) > len(large):
-                small, large = large, small
-            if force or (splittable and small.isdisjoint(large)):
+            if force or self.joins(x, y):
+                small, large = where[x], where[y]
+                if len(small) > len(large):
+                    small, large = large, small
                 self._parent[y] = x
                 kinds[x] |= kinds[y]
                 large |= small

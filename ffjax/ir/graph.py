@@ -19,6 +19,7 @@ from ffjax.ir import compat
 from ffjax.ir.compat import Jaxpr, JaxprEqn, Var
 from ffjax.ir.compat import Literal as JaxLiteral
 from ffjax.ir.equation_rules import alike, rules_for
+from ffjax.ir.extra_rules import extra_rule
 from ffjax.ir.inline import bodies, walk
 from ffjax.ir.rules import OpShardingRule
 from ffjax.ir.trace import Program, nbytes
@@ -29,7 +30,8 @@ NO_VALUE = -1
 
 @dataclass(slots=True, kw_only=True)
 class Value:
-    """One array of the program. `constant`: computed from literals alone, so free in any sharding."""
+    """One array of the program. `constant`: made of literals by ops that the partitioner repeats for each reader, so
+    that it is free in any sharding."""
 
     id: int
     shape: tuple[int, ...]
@@ -210,7 +212,8 @@ class _Builder:
                     own = self.alike.setdefault((number, tuple([v < 0 for v in operands])), len(self.alike))
                     index = self.op(name, operands, results, self.rules[number], scope, eqn=eqn, alike=own)
                     self.graph.op_of[id(eqn)] = index
-                    if not eqn.effects and all(v < 0 or self.graph.values[v].constant for v in operands):
+                    constant = all(v == NO_VALUE or self.graph.values[v].constant for v in operands)
+                    if constant and _is_repeated(eqn, self.rules[number]):
                         for value in results:
                             self.graph.values[value].constant = True
 
@@ -296,7 +299,8 @@ class _Builder:
         leaves: list[list[int]] = []
         for scope, jaxpr in zip(scopes, branches, strict=True):
             # All branches take the same operands; what only another one reads does not enter this one.
-            read = {v for inner in jaxpr.eqns for v in inner.invars if isinstance(v, Var)} | set(jaxpr.outvars)
+            atoms = [*(v for inner in jaxpr.eqns for v in inner.invars), *jaxpr.outvars]
+            read = {v for v in atoms if isinstance(v, Var)}
             for atom, var in zip(eqn.invars[1:], jaxpr.invars, strict=True):
                 self.enter(eqn, self.read(atom) if var in read else NO_VALUE, var, scope)
             self.body(jaxpr, scope)
@@ -320,6 +324,15 @@ class _Builder:
         self.body(jaxpr, scope)
         for atom, var in zip(jaxpr.outvars, eqn.outvars, strict=True):
             self.leave(eqn, atom, var, scope)
+
+
+def _is_repeated(eqn: JaxprEqn, rule: OpShardingRule) -> bool:
+    """Whether Shardy makes an op of constants anew for each reader: iota, broadcasts, slices and elementwise ops."""
+    if eqn.primitive.name in ("iota", "broadcast_in_dim", "slice"):
+        return True
+    own = rule.need_replication | rule.permutation | rule.reduction
+    dims = {v for v in (*rule.operands, *rule.results) if v}
+    return len(dims) <= 1 and not own and not eqn.effects and extra_rule(eqn) is None
 
 
 @functools.lru_cache(maxsize=4096)

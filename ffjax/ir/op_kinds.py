@@ -82,7 +82,10 @@ def is_light(op: Op) -> bool:
 def ends_in_its_sum(op: Op) -> bool:
     """Whether an op's partial sums are its result as it lowers, so that they can be scattered where they are summed.
 
-    A gather that fills what is out of bounds masks its result after the all-reduce.
+    A gather that fills what is out of bounds masks its result after the all-reduce; argmax and argmin reduce values
+    beside the indices, which nobody slices.
     """
+    if op.kind in ("argmax", "argmin"):
+        return False
     mode = None if op.eqn is None else op.eqn.params.get("mode")
     return op.kind != "gather" or mode != GatherScatterMode.FILL_OR_DROP

@@ -11,15 +11,18 @@ split with one that cannot: there the edge stays, and resharding across it is pr
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ffjax.ir.atoms import Atoms, Dims, OpDims, connected
+from ffjax.ir.atoms import Atoms, Dims, Ints, OpDims, connected
 from ffjax.ir.compose import NEED_REPLICATION
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.merging import merged_copies, merged_sums
 from ffjax.ir.op_kinds import is_light, is_reduction
+from ffjax.ir.sums import CONTRACTION, Contracted, DelayedSum, delayed_sums
 
 __all__ = ["Dims", "Edge", "OpDims", "Region", "Regions", "find_regions"]
 
@@ -35,7 +38,7 @@ class Region:
     sizes: tuple[int, ...] = ()
     kinds: tuple[int, ...] = ()
     solo: bool = False
-    """One op that does work: its partial results may be reduce-scattered."""
+    """One op that does work, or one delayed sum: the partial results of the last op may be reduce-scattered."""
     merged: frozenset[Dims] = frozenset()
     """The views of its values that have a dimension of several factors."""
 
@@ -72,6 +75,12 @@ class Regions:
     merged_copies: list[bool]
     """The same of a copy of it in another sharding."""
 
+    def may_scatter(self, value: int) -> bool:
+        """Whether an assignment's `scatter` is about this value."""
+        producer = self.graph.values[value].producer
+        region = self.regions[self.region_of[producer]]
+        return region.solo and region.ops[-1] == producer
+
 
 def find_regions(graph: Graph) -> Regions:
     """Joins the program's ops into regions, in near-linear time."""
@@ -92,11 +101,13 @@ class _Joiner:
                 if value != NO_VALUE:
                     self.consumers[value].append((op.id, index))
         self.light = [is_light(op) for op in graph.ops]
+        self.sums: list[DelayedSum] = []
 
     def join(self) -> Regions:
         atoms = self.atoms
         for a, b in self.graph.ties:
             atoms.unify(atoms.base[a[0]], atoms.base[b[0]], atoms.pairs(atoms.view(*a), atoms.view(*b)), force=True)
+        self.join_sums()
         for op in self.graph.ops:
             if self.light[op.id]:
                 for index, value in enumerate(op.operands):
@@ -155,11 +166,8 @@ class _Joiner:
                     if root(c) != root(producer.id):
                         joined[root(c)] = root(producer.id)
 
-    def join_namesakes(self) -> None:
-        """Joins atoms of one region that are the same dimension of the program but never meet in one value.
-
-        Two computations that share only a small table have a batch each: one mesh axis could not split both.
-        """
+    def names(self) -> Ints:
+        """For each atom which dimension of the program it is: atoms that meet in a value are of one name."""
         atoms, values = self.atoms, self.graph.values
         # Reads by which atoms meet in them: for each the first atoms of the two ops.
         meetings: dict[tuple[tuple[int, int], ...], tuple[list[int], list[int]]] = {}
@@ -179,7 +187,45 @@ class _Joiner:
         for pairs, (made, read) in meetings.items():
             left += [root[np.array(made) + x] for x, _ in pairs]
             right += [root[np.array(read) + y] for _, y in pairs]
-        name = connected(len(root), np.concatenate(left), np.concatenate(right))
+        return connected(len(root), np.concatenate(left), np.concatenate(right))
+
+    def join_sums(self) -> None:
+        """The contractions of a delayed sum and the ops that add them up are one region, sharded alike."""
+        atoms = self.atoms
+        name: list[int] = self.names().tolist()
+        contracted = Contracted(
+            atoms=lambda op: atoms.contracted(op.id), size=lambda a: atoms.sizes[a], name=lambda a: name[a]
+        )
+        for found in delayed_sums(self.graph, self.consumers, contracted):
+            meetings = [*self.inside(found), *found.pairs]
+            if all(a >= 0 and atoms.joins(a, b) for a, b in meetings):
+                for a, b in meetings:
+                    atoms.unify(a, b, ((0, 0),))
+                self.sums.append(found)
+                for op in found.ops:
+                    self.light[op] = False
+
+    def inside(self, found: DelayedSum) -> Iterable[tuple[int, int]]:
+        """The atoms of each value that passes from one op of a delayed sum to the next; -1 where they do not agree."""
+        atoms = self.atoms
+        for op in (self.graph.ops[o] for o in found.ops):
+            for index, value in enumerate(op.operands):
+                if op.kind != CONTRACTION and value != NO_VALUE:
+                    maker, result = self.made[value]
+                    made, read = atoms.of[maker].results[result], atoms.of[op.id].operands[index]
+                    pairs = atoms.pairs((atoms.of[maker], "result", result), (atoms.of[op.id], "operand", index))
+                    if len(pairs) < max(sum(map(len, made)), sum(map(len, read))):
+                        yield -1, -1
+                    for x, y in pairs:
+                        yield atoms.base[maker] + x, atoms.base[op.id] + y
+
+    def join_namesakes(self) -> None:
+        """Joins atoms of one region that are the same dimension of the program but never meet in one value.
+
+        Two computations that share only a small table have a batch each: one mesh axis could not split both.
+        """
+        atoms, name = self.atoms, self.names()
+        root = atoms.roots()
         part = np.zeros(len(root), dtype=np.int64)
         part[root[atoms.row]] = atoms.components()[atoms.row_op]
         distinct = np.unique(root[atoms.row])
@@ -229,6 +275,14 @@ class _Joiner:
             region.sizes = tuple(joined.sizes[a] for a in own)
             region.kinds = tuple(joined.kinds[a] | (NEED_REPLICATION if n in doubled else 0) for n, a in enumerate(own))
             region.solo = len(region.ops) == 1 and not self.light[region.ops[0]]
+        for found in self.sums:
+            region = regions[region_of[found.ops[-1]]]
+            delayed = {int(number[root[a]]) for a in found.reduced}
+            if tuple(region.ops) == found.ops and delayed:
+                region.solo = True
+                region.dims = _delayed(region, delayed)
+                for op, dims in zip(region.ops, region.dims, strict=True):
+                    ports[op] = dims
         made_in = region_of[[v.producer for v in graph.values]].tolist()
         edges = [
             Edge(
@@ -259,11 +313,25 @@ class _Joiner:
         )
 
 
+def _delayed(region: Region, shared: set[int]) -> list[OpDims]:
+    """With the sums over the atoms that all contractions of a delayed sum reduce over left to its last op."""
+    pending = tuple(sorted(shared))
+    *before, last = region.dims
+    return [
+        *(
+            dataclasses.replace(d, reduced=tuple(a for a in d.reduced if a not in shared), pending=pending)
+            for d in before
+        ),
+        dataclasses.replace(last, reduced=pending),
+    ]
+
+
 def _indexed_twice(dims: OpDims) -> frozenset[int]:
-    """Atoms that index two dimensions of one value, which no mesh axis can split."""
+    """Atoms that index two dimensions of one value, or a sum and what is summed: no mesh axis can split both."""
     twice: set[int] = set()
     for value in dims.operands + dims.results:
         flat = [a for dim in value for a in dim]
         if len(flat) != len(set(flat)):
             twice |= {a for a in flat if flat.count(a) > 1}
+    twice |= {a for value in dims.results for dim in value for a in dim if a in dims.reduced}
     return frozenset(twice)

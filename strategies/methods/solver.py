@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ffjax.strategies.dual_ascent import MOST_SWEEPS, Ascent
-from ffjax.strategies.ilp import Solution, solve
+from ffjax.strategies.methods.base import Solution
+from ffjax.strategies.methods.dual_ascent import MOST_SWEEPS, Ascent
+from ffjax.strategies.methods.ilp import solve
 from ffjax.strategies.problem import Problem, restrict
 
 GAP = 1e-3
@@ -23,11 +24,19 @@ _TIME_LIMIT_S = 20.0
 class Solver:
     """Solves problems of one shape (nodes, candidates, transfers), each from where the last one ended."""
 
+    name = "default"
+
     def __init__(self) -> None:
         self._ascent: Ascent | None = None
 
     def solve(
-        self, problem: Problem, starts: Sequence[Sequence[int]] = (), *, gap: float = GAP, sweeps: int = MOST_SWEEPS
+        self,
+        problem: Problem,
+        starts: Sequence[Sequence[int]] = (),
+        *,
+        gap: float = GAP,
+        sweeps: int = MOST_SWEEPS,
+        prove: bool = True,
     ) -> Solution | None:
         """The best choice, proved to be within `gap` of the optimum where that could be done; None if none is possible.
 
@@ -36,6 +45,7 @@ class Solver:
           starts: choices that are known; the solution is never worse.
           gap: what is good enough, as a share of the optimum.
           sweeps: of the ascent, at most.
+          prove: whether what the ascent leaves in doubt is settled.
         """
         began = time.perf_counter()
         if any(not node.candidates for node in problem.nodes):
@@ -49,7 +59,7 @@ class Solver:
             ascent.offer(choice)
         ascent.climb(gap, sweeps)
         bound_s, status = ascent.bound_s, "dual ascent"
-        if ascent.best is None or ascent.best_s - bound_s > gap * ascent.best_s:
+        if ascent.best is None or (prove and ascent.best_s - bound_s > gap * ascent.best_s):
             enough_s = ascent.best_s * (1 - gap)
             kept = ascent.survivors(enough_s)
             if not all(kept):

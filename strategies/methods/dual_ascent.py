@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.strategies.problem import Problem, Transfer, total_seconds
+from ffjax.strategies.problem import Problem, Totals, Transfer, forbidden_seconds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -46,7 +46,7 @@ class _Groups:
 
 
 @dataclass(slots=True, eq=False)
-class _Pair:
+class Pair:
     """One reader of one transfer. `slack` is its share of the seconds and all messages; rows are what is made."""
 
     transfer: int
@@ -65,8 +65,8 @@ class _Pair:
 
 
 @dataclass(slots=True, eq=False)
-class _Loop:
-    """A node that reads what it makes: a cost of its own, given its candidate."""
+class Alone:
+    """Seconds of a transfer that depend on one node alone: it reads what it makes, or the other has no choice."""
 
     transfer: int
     node: int
@@ -79,6 +79,8 @@ class Ascent:
     """The dual of a problem, and of those that differ from it in costs alone.
 
     Attributes:
+      theta: for each node what its candidates cost, messages and what depends on it alone included.
+      pairs, alone: readers of transfers; theta and the pairs' slack of a choice add up to no more than its seconds.
       best: the best choice that was met, a candidate index for each node, or None.
       best_s: its seconds.
       bound_s: proved to be no more than the optimum.
@@ -86,32 +88,32 @@ class Ascent:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self._totals = Totals(problem)
         self.best: tuple[int, ...] | None = None
         self.best_s = np.inf
         self.bound_s = -np.inf
         # What must not be is dearer than all that may be: infinities would leave no slack to pass on.
-        costs = [n.cost_s for n in problem.nodes] + [t.seconds[np.isfinite(t.seconds)] for t in problem.transfers]
-        self._forbidden_s = 10 * sum(float(c.max(initial=0.0)) for c in costs)
-        self._theta = [n.cost_s.copy() for n in problem.nodes]
-        self._pairs: list[_Pair] = []
-        self._loops: list[_Loop] = []
-        self._shared: list[tuple[int, list[_Pair]]] = []
-        at: list[list[_Pair]] = [[] for _ in problem.nodes]
+        self._forbidden_s = forbidden_seconds(problem)
+        self.theta = [n.cost_s.copy() for n in problem.nodes]
+        self.pairs: list[Pair] = []
+        self.alone: list[Alone] = []
+        self._shared: list[tuple[int, list[Pair]]] = []
+        at: list[list[Pair]] = [[] for _ in problem.nodes]
         for index, transfer in enumerate(problem.transfers):
             pairs = self._add(index, transfer)
             for pair in pairs:
                 at[pair.source].append(pair)
                 at[pair.target].append(pair)
-            self._pairs += pairs
+            self.pairs += pairs
             if len(pairs) > 1:
                 self._shared.append((index, pairs))
         nodes = range(len(problem.nodes))
         self._before = [[p for p in at[n] if min(p.source, p.target) < n] for n in nodes]
         self._after = [[p for p in at[n] if max(p.source, p.target) > n] for n in nodes]
 
-    def _add(self, index: int, transfer: Transfer) -> list[_Pair]:
+    def _add(self, index: int, transfer: Transfer) -> list[Pair]:
         """The readers of a transfer, those that are its source apart."""
-        seconds = self._finite(transfer.seconds)
+        seconds = self.finite(transfer.seconds)
         others = [c for c in transfer.consumers if c.node != transfer.source]
         rest = np.ones(seconds.shape)
         for consumer in transfer.consumers:
@@ -119,8 +121,7 @@ class Ascent:
                 portion = np.zeros(seconds.shape)
                 portion[transfer.row_of, consumer.column_of] = 1 / len(transfer.consumers)
                 rest -= portion
-                self._loops.append(_Loop(index, transfer.source, transfer.row_of, consumer.column_of, portion))
-                self._theta[transfer.source] += (seconds * portion)[transfer.row_of, consumer.column_of]
+                self._add_alone(index, transfer.source, transfer.row_of, consumer.column_of, seconds, portion)
         needed = [np.unique(c.column_of) for c in others]
         wanted = np.zeros(seconds.shape[1])
         for columns in needed:
@@ -129,9 +130,17 @@ class Ascent:
         for consumer, columns in zip(others, needed, strict=True):
             column_of = np.searchsorted(columns, consumer.column_of)
             portion = rest[:, columns] / wanted[columns]
+            if len(others) == 1 and len(seconds) == 1:
+                zeros = np.zeros_like(consumer.column_of)
+                self._add_alone(index, consumer.node, zeros, consumer.column_of, seconds, rest)
+                continue
+            if len(others) == 1 and len(columns) == 1:
+                column = np.full_like(transfer.row_of, columns[0])
+                self._add_alone(index, transfer.source, transfer.row_of, column, seconds, rest)
+                continue
             share = seconds[:, columns] * portion
             pairs.append(
-                _Pair(
+                Pair(
                     transfer=index,
                     source=transfer.source,
                     target=consumer.node,
@@ -147,28 +156,34 @@ class Ascent:
             )
         return pairs
 
+    def _add_alone(
+        self, transfer: int, node: int, row_of: Ints, column_of: Ints, seconds: Floats, portion: Floats
+    ) -> None:
+        self.alone.append(Alone(transfer, node, row_of, column_of, portion))
+        self.theta[node] += (seconds * portion)[row_of, column_of]
+
     def reprice(self, problem: Problem) -> None:
         """Goes on with other costs: the same nodes, candidates and transfers."""
         for node, (old, new) in enumerate(zip(self.problem.nodes, problem.nodes, strict=True)):
-            self._theta[node] += new.cost_s - old.cost_s
-        before = [self._finite(t.seconds) for t in self.problem.transfers]
-        after = [self._finite(t.seconds) for t in problem.transfers]
-        for loop in self._loops:
-            change = (after[loop.transfer] - before[loop.transfer]) * loop.portion
-            self._theta[loop.node] += change[loop.row_of, loop.column_of]
-        for pair in self._pairs:
+            self.theta[node] += new.cost_s - old.cost_s
+        before = [self.finite(t.seconds) for t in self.problem.transfers]
+        after = [self.finite(t.seconds) for t in problem.transfers]
+        for alone in self.alone:
+            change = (after[alone.transfer] - before[alone.transfer]) * alone.portion
+            self.theta[alone.node] += change[alone.row_of, alone.column_of]
+        for pair in self.pairs:
             old_s, new_s = before[pair.transfer][:, pair.columns], after[pair.transfer][:, pair.columns]
             kept = pair.share * (new_s / np.where(old_s > 0, old_s, 1.0))
             share = np.where(old_s > 0, kept, new_s * pair.portion)
             pair.slack += share - pair.share
             pair.share = share
-        self.problem = problem
-        self.best_s = np.inf if self.best is None else total_seconds(problem, self.best)
+        self.problem, self._totals = problem, Totals(problem)
+        self.best_s = np.inf if self.best is None else self._totals.of(self.best)
         self.bound_s = self._bound()
 
     def offer(self, choice: Sequence[int]) -> None:
         """A choice to start from; it is kept if it is the best so far."""
-        seconds = total_seconds(self.problem, choice)
+        seconds = self._totals.of(choice)
         if seconds < self.best_s:
             self.best, self.best_s = tuple(choice), seconds
 
@@ -189,9 +204,13 @@ class Ascent:
 
     def survivors(self, below_s: float) -> list[list[int]]:
         """For each node the candidates that some choice of less than `below_s` may take; all others none takes."""
-        kept = []
+        return [np.flatnonzero(least < below_s).tolist() for least in self.least_with()]
+
+    def least_with(self) -> list[Floats]:
+        """For each node and candidate what no choice that takes it can be below."""
+        found = []
         base = self._bound()
-        for node, theta in enumerate(self._theta):
+        for node, theta in enumerate(self.theta):
             least = base + theta - theta.min()
             for pair in self._before[node] + self._after[node]:
                 low = pair.slack.min()
@@ -199,18 +218,18 @@ class Ascent:
                     least = least + (pair.slack.min(axis=1) - low)[pair.row_of]
                 else:
                     least = least + (pair.slack.min(axis=0) - low)[pair.column_of]
-            kept.append(np.flatnonzero(least < below_s).tolist())
-        return kept
+            found.append(least)
+        return found
 
     def _pass(self, forward: bool) -> list[int]:
         """One pass over the nodes; returns the choice that it meets on its way."""
-        choice = [0] * len(self._theta)
-        nodes = range(len(self._theta))
+        choice = [0] * len(self.theta)
+        nodes = range(len(self.theta))
         for node in nodes if forward else reversed(nodes):
             done, coming = self._before[node], self._after[node]
             if not forward:
                 done, coming = coming, done
-            theta = self._theta[node]
+            theta = self.theta[node]
             cost = np.zeros(len(theta))
             for pair in done:
                 if pair.source == node:
@@ -258,7 +277,7 @@ class Ascent:
                 pair.slack += change
 
     def _bound(self) -> float:
-        return sum(float(t.min()) for t in self._theta) + sum(float(p.slack.min()) for p in self._pairs)
+        return sum(float(t.min()) for t in self.theta) + sum(float(p.slack.min()) for p in self.pairs)
 
-    def _finite(self, seconds: Floats) -> Floats:
+    def finite(self, seconds: Floats) -> Floats:
         return np.where(np.isfinite(seconds), seconds, self._forbidden_s)
