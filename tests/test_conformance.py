@@ -21,7 +21,7 @@ from conformance.harness import IDIOMS, MESHES, STRATEGIES, check
 load()
 
 DEFAULT = (True, None, False, None, False, None)
-"""For an idiom's place in the table, modulo six: whether it runs or is only planned by default, if it is chosen at all."""
+"""By an idiom's place in the table, modulo six: whether it runs or is only planned by default, if at all."""
 PLANS = list(itertools.product(STRATEGIES, MESHES))
 
 
