@@ -97,14 +97,15 @@ _bind_checkpoint = ad_checkpoint.remat_p.bind
 _rebinding = threading.RLock()
 
 
-def _bind_under_policy(*args: jax.Array, policy: object, **params: object) -> list[jax.Array]:
+def _bind_under_policy(
+    *args: jax.Array, jaxpr: core.Jaxpr, policy: object, prevent_cse: object, differentiated: bool
+) -> list[jax.Array]:
     name = _policy.value
     if name == OFF:
-        found: list[jax.Array] = jax.core.eval_jaxpr(params["jaxpr"], (), *args)  # type: ignore[arg-type]
-        return found
-    chosen = CHECKPOINT_POLICIES.get(name, policy)  # other threads trace as written
-    bound: list[jax.Array] = _bind_checkpoint(*args, policy=chosen, **params)
-    return bound
+        return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*args))
+    policy = CHECKPOINT_POLICIES.get(name, policy)  # other threads trace as written
+    params = {"jaxpr": jaxpr, "policy": policy, "prevent_cse": prevent_cse, "differentiated": differentiated}
+    return list(_bind_checkpoint(*args, **params))
 
 
 @contextlib.contextmanager
