@@ -96,7 +96,10 @@ class Finalist:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RematVariant:
-    """The best plan of the step with its `jax.checkpoint` regions under one policy."""
+    """The best plan of the step with its `jax.checkpoint` regions under one policy.
+
+    The fastest that fits, or, where none does, the one that needs least memory.
+    """
 
     policy: str
     strategy: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ def without_references(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     try:
         plain: core.ClosedJaxpr = discharge.discharge_state(closed)
     except TypeError:  # before jax 0.10
-        jaxpr, consts = discharge.discharge_state(closed.jaxpr, closed.consts)  # type: ignore[call-arg, misc]
-        plain = core.ClosedJaxpr(jaxpr, consts)
+        pair: Any = discharge.discharge_state(closed.jaxpr, closed.consts)  # type: ignore[call-arg]
+        plain = core.ClosedJaxpr(*pair)
     return plain
 
 
@@ -105,7 +106,7 @@ def _bind_under_policy(
         return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*args))
     policy = CHECKPOINT_POLICIES.get(name, policy)  # other threads trace as written
     params = {"jaxpr": jaxpr, "policy": policy, "prevent_cse": prevent_cse, "differentiated": differentiated}
-    return list(_bind_checkpoint(*args, **params))
+    return list(_bind_checkpoint(*args, **params))  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
