@@ -2,8 +2,8 @@
 
     python benchmarks/remat.py --layers 32 --batch 8 --budgets 70 50 30 20 15
 
-Plans for 8 H100s that need not be there. A row per budget: the policy taken, then for each policy the predicted step, or
-the smallest peak where nothing fits.
+Plans for 8 H100s that need not be there. A row per budget: the policy taken, then for each policy the best
+plan's step and peak (where none fits, those of the smallest).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import ffjax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import gpt  # type: ignore[import-not-found]  # noqa: E402
+import gpt  # type: ignore[import-not-found]
 
 
 def main() -> None:

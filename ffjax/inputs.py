@@ -98,8 +98,8 @@ def over_budget(result: SearchResult, budget_bytes: float, cluster: Cluster, *, 
     largest = "\n".join(f"  {amount(size):>10}  {what}" for what, size in best.peak.live[:6])
     return BudgetError(
         f"no plan fits {amount(budget_bytes)} per device on {cluster.devices} devices. The smallest found "
-        f"({best.strategy} on {best.mesh}{remat}) needs {amount(best.peak.bytes)}; at its peak the largest arrays alive "
-        f"are:\n{largest}\nRemedy: memory={amount(best.peak.bytes)!r} or more, more devices, donated state "
+        f"({best.strategy} on {best.mesh}{remat}) needs {amount(best.peak.bytes)}; at its peak the largest arrays "
+        f"alive are:\n{largest}\nRemedy: memory={amount(best.peak.bytes)!r} or more, more devices, donated state "
         "(donate_argnums), a smaller batch, or "
         + ("remat='search', which tries other policies of the step's jax.checkpoint." if retrace else "jax.checkpoint.")
     )

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ffjax.verifying import Verification
 
 FORMAT = 1
+_LATER = {"later": True}
+"""Of fields that the format gained: texts from before lack them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,7 @@ class SearchReport:
     competitors: tuple[Competitor, ...]
     finalists: tuple[Finalist, ...] = ()
     """Those that were compiled, fastest first as compiled; empty with `verify="never"`."""
-    remat: tuple[RematVariant, ...] = ()
+    remat: tuple[RematVariant, ...] = field(default=(), metadata=_LATER)
     """What each policy would have cost, the one taken among them; empty where there was no choice."""
 
 
@@ -152,7 +154,7 @@ class Plan:
     search: SearchReport
     profile: str = ""
     """The measurements that it was priced by: name and hash; empty if none were."""
-    remat: str = AS_WRITTEN
+    remat: str = field(default=AS_WRITTEN, metadata=_LATER)
     """The policy that its program's `jax.checkpoint` regions were traced under."""
     layout: Layout | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
     """The plan on its program; None for a loaded plan that is not bound yet."""
