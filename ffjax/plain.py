@@ -28,7 +28,10 @@ def to_plain(value: object) -> object:
 
 
 def from_plain(kind: type[T], value: object, where: str = "") -> T:
-    """The dataclass that a JSON object stands for; raises ValueError that says where it is not one."""
+    """The dataclass that a JSON object stands for; raises ValueError that says where it is not one.
+
+    Fields whose metadata has `later=True`, which texts of before lack, may be left out.
+    """
     return _read(kind, value, where)  # type: ignore[return-value]
 
 
