@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ffjax import cli, planner
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import BudgetError, PlanError, PlanMismatch
 from ffjax.ir.compat import AS_WRITTEN
+from ffjax.plan import Finalist
 from ffjax.planner import trace_step
 from ffjax.testing import assert_same_numerics
 from tests.test_remat import POLICIES, Tower, arguments, layer, nnx_step, step_of
@@ -82,6 +84,31 @@ def test_a_step_that_keeps_too_much_as_written() -> None:
     with pytest.raises(BudgetError, match="nothing_saveable") as caught:
         ffjax.plan(step, *shapes(), memory="1MiB", remat="search", **options)
     assert "remat='search'" not in str(caught.value)
+
+
+def test_the_compiler_settles_between_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the compiler turned the order around, and found no room for one of them."""
+
+    def settle(result: Any, cluster: Any, budget: Any, search: Any, report: Any, *rest: Any) -> ffjax.Plan:
+        plan: ffjax.Plan = report(result, result.best)
+        if plan.remat == AS_WRITTEN:
+            raise BudgetError("as compiled")
+        figures = plan.estimate
+        seen = Finalist(
+            strategy=plan.strategy,
+            mesh=str(plan.mesh),
+            step_s=figures.step_s,
+            compiled_step_s=1 / figures.step_s,
+            peak_bytes=figures.peak_bytes,
+            compiled_peak_bytes=figures.peak_bytes,
+            fits=True,
+        )
+        return dataclasses.replace(plan, search=dataclasses.replace(plan.search, finalists=(seen,)))
+
+    monkeypatch.setattr(planner, "settle", settle)
+    plan = searched(verify="finalists")
+    slowest = max((v for v in plan.search.remat if v.policy != AS_WRITTEN), key=lambda v: v.step_s)
+    assert plan.remat == slowest.policy
 
 
 def test_a_saved_plan_is_traced_as_it_was(tmp_path: Path) -> None:
