@@ -132,7 +132,7 @@ def test_a_plan_from_before_is_as_written() -> None:
 
 def test_steps_run_by_their_plan_and_from_the_cache(tmp_path: Path) -> None:
     step = step_of(jax.checkpoint(layer))
-    args = arguments()
+    args = arguments(layers=1, width=16)
     options: dict[str, Any] = {"mesh": MESH, "strategy": "fsdp"}
     found = ffjax.autoshard(step, remat="search", cache=tmp_path, **options)
     assert_same_numerics(found(*args), jax.jit(step)(*args))
