@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +53,8 @@ def without_references(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     try:
         plain: core.ClosedJaxpr = discharge.discharge_state(closed)
     except TypeError:  # before jax 0.10
-        pair: Any = discharge.discharge_state(closed.jaxpr, closed.consts)  # type: ignore[call-arg]
-        plain = core.ClosedJaxpr(*pair)
+        older: Callable[..., tuple[core.Jaxpr, list[object]]] = discharge.discharge_state  # type: ignore[assignment]
+        plain = core.ClosedJaxpr(*older(closed.jaxpr, closed.consts))
     return plain
 
 
