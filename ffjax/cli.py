@@ -24,6 +24,7 @@ from ffjax.cost.simulation.timeline import writer
 from ffjax.demo import agree, report, run_demo, verdict
 from ffjax.errors import BudgetError, FfjaxError
 from ffjax.explain import short_source
+from ffjax.ir.trace import Program
 from ffjax.plan import Competitor, Plan
 from ffjax.strategies import all_strategies
 from ffjax.strategies.search import AUTO, MOST_AXES
@@ -92,6 +93,7 @@ def _planned(
         mesh=asked.mesh,
         pins=asked.pins or None,
         verify=verify,
+        remat=asked.remat,
         donate_argnums=asked.donate,
         progress=progress,
     )
@@ -142,19 +144,10 @@ def verify(ctx: click.Context, asked: Question, strategy: str, file: str | None)
     """
     with _progress() as tell:
         tell("traces the step", 0.0)
-        program = planner.trace_step(asked.target.step, asked.target.args, {}, donate_argnums=asked.donate)
         if file is not None:
-            found = planner.bind_program(Plan.load(file), program)
+            found = Plan.load(file).bind(asked.target.step, *asked.target.args, donate_argnums=asked.donate)
         else:
-            found = planner.plan_program(
-                program,
-                cluster=asked.cluster,
-                memory=asked.memory,
-                strategy=strategy,
-                mesh=asked.mesh,
-                pins=asked.pins or None,
-                progress=tell,
-            )
+            found = _planned(asked, strategy, tell)
         tell("compiles", 1.0)
         checked = verifying.verify(found, asked.cluster)
     click.echo(str(checked))
@@ -184,22 +177,15 @@ def diff(ctx: click.Context, before: str, after: str) -> None:
 @with_question
 def compare(asked: Question) -> None:
     """Puts the plan found and the named strategies side by side, each on its best mesh."""
-    program = planner.trace_step(asked.target.step, asked.target.args, {}, donate_argnums=asked.donate)
     meshes = {str(m): m.as_dict() for m in asked.cluster.mesh_shapes(max_axes=MOST_AXES)}
 
-    def planned(strategy: str, mesh: dict[str, int] | None, progress: Callable[[str, float], None] | None) -> Plan:
+    def planned(program: Program, strategy: str, mesh: dict[str, int] | None) -> Plan:
         return planner.plan_program(
-            program,
-            cluster=asked.cluster,
-            memory=asked.memory,
-            strategy=strategy,
-            mesh=mesh,
-            pins=asked.pins or None,
-            progress=progress,
+            program, cluster=asked.cluster, memory=asked.memory, strategy=strategy, mesh=mesh, pins=asked.pins or None
         )
 
     with _progress() as tell:
-        auto = planned(AUTO, asked.mesh, tell)
+        auto = _planned(asked, AUTO, tell)
         rows = [(AUTO, str(auto.mesh), *_figures(auto), "yes")]
         best: dict[str, Competitor] = {}
         for c in sorted(auto.search.competitors, key=lambda c: (not c.fits, c.step_s)):
@@ -209,7 +195,7 @@ def compare(asked: Question) -> None:
             tell(f"{name} on {c.mesh}", 1.0)
             try:
                 # The search reports only sums of what loses, so its mesh is solved again.
-                figures = _figures(planned(name, asked.mesh or meshes[c.mesh], None))
+                figures = _figures(planned(auto.bound.graph.program, name, asked.mesh or meshes[c.mesh]))
             except BudgetError:
                 figures = (seconds_text(c.step_s), "-", "-", bytes_text(c.peak_bytes))
             rows.append((name, c.mesh, *figures, "yes" if c.fits else "no"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.spec import format_spec
 from ffjax.plan import Decision, Placement, Plan
 from ffjax.units import bytes_text, seconds_text
@@ -18,7 +19,8 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     limit = None if details else MOST_LINES
     lines = [
         f"{plan.program} on {plan.devices} devices of {plan.cluster!r}, "
-        f"mesh {plan.mesh_shape}, strategy {plan.strategy}",
+        f"mesh {plan.mesh_shape}, strategy {plan.strategy}"
+        + (f", remat {plan.remat}" if search.remat or plan.remat != AS_WRITTEN else ""),
         f"  step {seconds_text(figures.step_s)} = compute {seconds_text(figures.compute_s)} "
         f"+ communication {seconds_text(figures.exposed_comm_s)}",
         f"  peak {bytes_text(figures.peak_bytes)} of {bytes_text(plan.budget_bytes)} per device",
@@ -61,6 +63,22 @@ def explain(plan: Plan, *, details: bool = False) -> str:
         row = (c.strategy, c.mesh, seconds_text(c.step_s), bytes_text(c.peak_bytes), "" if c.fits else "does not fit")
         best.setdefault(c.strategy, row)
     lines += table(list(best.values()), empty="none")
+    if search.remat:
+        lines += ["", "what jax.checkpoint regions keep: the best plan under each policy"]
+        lines += table(
+            [
+                (
+                    v.policy,
+                    v.strategy,
+                    v.mesh,
+                    seconds_text(v.step_s),
+                    bytes_text(v.peak_bytes),
+                    "taken" if v.policy == plan.remat else "" if v.fits else "does not fit",
+                )
+                for v in search.remat
+            ],
+            empty="none",
+        )
     if search.finalists:
         lines += ["", "compiled before deciding: predicted, as compiled"]
         lines += table(
@@ -89,6 +107,7 @@ def diff(a: Plan, b: Plan) -> str:
 
     change("program", a.program, b.program)
     change("fingerprint", a.fingerprint, b.fingerprint)
+    change("remat", a.remat, b.remat)
     change("mesh", a.mesh_shape, b.mesh_shape)
     for side, before, after in (("", a.args, b.args), ("result ", a.results, b.results)):
         left, right = ({p.path: _placed(p) for p in placements} for placements in (before, after))

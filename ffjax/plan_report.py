@@ -65,6 +65,7 @@ def plan_of(
         estimate=estimate(layout, result.kernels, model, best.peak, best.simulated),
         search=_search_report(result, best, seconds),
         profile="" if cluster.profile is None else f"{cluster.profile.name} {cluster.profile.digest}",
+        remat=program.remat,
         layout=layout,
         described=cluster,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -12,19 +14,21 @@ from jax.sharding import PartitionSpec
 from ffjax import nnx
 from ffjax.cost.cluster import Cluster, parse_bytes
 from ffjax.emit.emit import partition_spec
-from ffjax.errors import PinError, PlanError, PlanMismatch
+from ffjax.errors import BudgetError, PinError, PlanError, PlanMismatch
 from ffjax.finalists import settle
 from ffjax.fingerprint import fingerprint
 from ffjax.inputs import argnums, cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
 from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout
-from ffjax.ir.regions import find_regions
+from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import Spec, format_spec
-from ffjax.ir.trace import Program, trace
+from ffjax.ir.trace import Program
 from ffjax.pins import check_pins, keep_pins, pin_marks
-from ffjax.plan import Plan
+from ffjax.plan import Plan, RematVariant
 from ffjax.plan_report import plan_of, subject
+from ffjax.remat import alternatives, trace_call
 from ffjax.strategies.candidates import is_candidate
 from ffjax.strategies.families import family_keys, members
 from ffjax.strategies.search import AUTO, MOST_AXES, Found, Progress, SearchResult, search
@@ -42,6 +46,7 @@ def plan(
     mesh: Mapping[str, int] | None = None,
     pins: Pins | None = None,
     verify: str = NEVER,
+    remat: str = AS_WRITTEN,
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
     progress: Progress | None = None,
@@ -59,6 +64,10 @@ def plan(
       pins: path patterns of arguments, and the PartitionSpec that each shall have.
       verify: `"finalists"` compiles the best few plans, for the cluster's devices or compile-only ones, drops those
         that do not fit and takes the one whose compiled program is fastest; `"never"` compiles nothing.
+      remat: `"search"` also decides what the step's `jax.checkpoint` regions keep for the backward pass: each policy
+        is searched (`"off"`, `"dots_saveable"`, `"dots_with_no_batch_dims_saveable"`, `"nothing_saveable"`) and the
+        fastest plan that fits wins; one of these names fixes it. `"as written"` leaves it to the step: another policy
+        is another program, with other memory and rounding than the one that was asked for, and takes a search more.
       static_argnums, donate_argnums: as in `jax.jit`.
       progress: called with what is being done and the share that is done.
 
@@ -66,9 +75,11 @@ def plan(
       TraceError, ClusterError, PinError, BudgetError, PlanError: each names the input and the remedy.
     """
     began = time.perf_counter()
-    program = trace_step(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    program = trace_call(call, remat)
     return plan_program(
         program,
+        others=alternatives(call, program, remat),
         cluster=cluster,
         memory=memory,
         strategy=strategy,
@@ -87,18 +98,25 @@ def trace_step(
     *,
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
+    remat: str = AS_WRITTEN,
 ) -> Program:
     """Traces a step; one that takes NNX objects is made a function of their state first."""
+    call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    return trace_call(call, remat)
+
+
+def call_of(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+) -> nnx.Call:
+    """A step and its arguments as a function of arrays."""
     static = argnums(static_argnums, len(args), "static_argnums")
     donated = argnums(donate_argnums, len(args), "donate_argnums")
-    return trace_call(nnx.as_function(step, args, kwargs, static, donated))
-
-
-def trace_call(call: nnx.Call) -> Program:
-    """Traces a call that is a function of arrays already."""
-    return trace(
-        call.step, call.args, call.kwargs, static_argnums=call.static_argnums, donate_argnums=call.donate_argnums
-    )
+    return nnx.as_function(step, args, kwargs, static, donated)
 
 
 def plan_program(
@@ -110,11 +128,14 @@ def plan_program(
     mesh: Mapping[str, int] | None = None,
     pins: Pins | None = None,
     verify: str = NEVER,
+    others: Sequence[Program] = (),
     progress: Progress | None = None,
     trace_s: float = 0.0,
 ) -> Plan:
-    """Searches a plan for a program that is traced already; see `plan`."""
-    began = time.perf_counter()
+    """Searches a plan for a program that is traced already; see `plan`.
+
+    `others` are the same step under other policies of its `jax.checkpoint` regions: the fastest of all wins.
+    """
     cluster = cluster_of(cluster)
     if verify not in (NEVER, FINALISTS):
         raise PlanError(
@@ -122,13 +143,10 @@ def plan_program(
         )
     budget = float(cluster.device.memory_bytes if memory is None else parse_bytes(memory))
     meshes = None if mesh is None else [mesh_of(mesh, cluster)]
-    graph = build_graph(program)
-    regions = find_regions(graph)
-    if pins:
-        check_pins(regions, pins, meshes or cluster.mesh_shapes(max_axes=MOST_AXES))
-    seconds = {"trace": trace_s, "rules": time.perf_counter() - began}
+    seconds = {"trace": trace_s}
+    programs = (program, *others)
 
-    def searched(budget_bytes: float) -> SearchResult:
+    def searched(program: Program, regions: Regions, index: int, budget_bytes: float) -> SearchResult:
         try:
             result = search(
                 regions,
@@ -138,7 +156,7 @@ def plan_program(
                 meshes=meshes,
                 keep=keep_pins(regions, pins or {}),
                 marks=pin_marks(regions, pins or {}),
-                progress=progress,
+                progress=_part(progress, index, programs),
             )
         except ValueError as error:
             raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
@@ -146,16 +164,85 @@ def plan_program(
             seconds[phase] = seconds.get(phase, 0.0) + spent
         return result
 
-    def reported(result: SearchResult, found: Found) -> Plan:
-        return plan_of(program, regions, cluster, result, found, budget, strategy, pins or {}, seconds)
+    variants: dict[object, _Variant] = {}
+    for index, each in enumerate(programs):
+        began = time.perf_counter()
+        regions = find_regions(build_graph(each))
+        if pins:
+            check_pins(regions, pins, meshes or cluster.mesh_shapes(max_axes=MOST_AXES))
+        key = fingerprint(regions) if others else None
+        seconds["rules"] = seconds.get("rules", 0.0) + time.perf_counter() - began
+        if key not in variants:
+            again = functools.partial(searched, each, regions, index)
+            variants[key] = _Variant(each, regions, again(budget), again)
 
-    result = searched(budget)
-    if not result.best.fits:
-        raise over_budget(result, budget, cluster)
-    warn_if_batch_is_whole(regions, result)
+    def reported(variant: _Variant, result: SearchResult, found: Found) -> Plan:
+        made = plan_of(variant.program, variant.regions, cluster, result, found, budget, strategy, pins or {}, seconds)
+        rows = _rows(variants.values()) if len(variants) > 1 else ()
+        return dataclasses.replace(made, search=dataclasses.replace(made.search, remat=rows))
+
+    def settled(variant: _Variant) -> Plan:
+        report = functools.partial(reported, variant)
+        return settle(variant.result, cluster, budget, variant.search, report, seconds, progress)
+
+    ranked = sorted(variants.values(), key=_Variant.rank)
+    best = ranked[0]
+    if not best.result.best.fits:
+        raise over_budget(best.result, budget, cluster, retrace=program.checkpoints and not others)
+    warn_if_batch_is_whole(best.regions, best.result)
     if verify == NEVER:
-        return reported(result, result.best)
-    return settle(result, cluster, budget, searched, reported, seconds, progress)
+        return reported(best, best.result, best.result.best)
+    return _fastest_compiled([functools.partial(settled, v) for v in ranked if v.result.best.fits])
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """A program, what its search found, and how to search it again within other memory."""
+
+    program: Program
+    regions: Regions
+    result: SearchResult
+    search: Callable[[float], SearchResult]
+
+    def rank(self) -> tuple[bool, float]:
+        """Those that fit first, by their seconds; then by how little is missing."""
+        best = self.result.best
+        return (not best.fits, best.predicted_s if best.fits else best.peak.bytes)
+
+
+def _part(progress: Progress | None, index: int, programs: Sequence[Program]) -> Progress | None:
+    """What is told of the search of one of several programs, as a part of them all."""
+    if progress is None or len(programs) == 1:
+        return progress
+    return lambda what, share: progress(f"{what}, remat {programs[index].remat}", (index + share) / len(programs))
+
+
+def _rows(variants: Iterable[_Variant]) -> tuple[RematVariant, ...]:
+    return tuple(
+        RematVariant(
+            policy=v.program.remat,
+            strategy=v.result.best.strategy,
+            mesh=str(v.result.best.mesh),
+            step_s=v.result.best.predicted_s,
+            peak_bytes=v.result.best.peak.bytes,
+            fits=v.result.best.fits,
+        )
+        for v in sorted(variants, key=_Variant.rank)
+    )
+
+
+def _fastest_compiled(settled: Sequence[Callable[[], Plan]]) -> Plan:
+    """The plan whose compiled program is fastest; raises the first BudgetError where none fits once compiled."""
+    plans: list[Plan] = []
+    errors: list[BudgetError] = []
+    for settle_one in settled:
+        try:
+            plans.append(settle_one())
+        except BudgetError as error:
+            errors.append(error)
+    if not plans:
+        raise errors[0]
+    return min(plans, key=lambda p: p.search.finalists[0].compiled_step_s)
 
 
 def bind_program(plan: Plan, program: Program) -> Plan:
@@ -166,6 +253,11 @@ def bind_program(plan: Plan, program: Program) -> Plan:
                 f"the plan of {plan.program!r} was made for {theirs.path}: {theirs.dtype}{list(theirs.shape)}, but the "
                 f"argument is {ours.path}: {ours.dtype}{list(ours.shape)}. Remedy: search a plan for these arguments."
             )
+    if program.remat != plan.remat:
+        raise PlanMismatch(
+            f"the plan of {plan.program!r} was made with remat={plan.remat!r}, but the program was traced with "
+            f"remat={program.remat!r}. Remedy: plan.bind(step, *args), which traces it as the plan wants."
+        )
     regions = find_regions(build_graph(program))
     plan.check_fingerprint(fingerprint(regions), program.name)
     marks = pin_marks(regions, {pattern: partition_spec(spec) for pattern, spec in plan.pins.items()})
