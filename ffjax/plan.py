@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.estimate import Estimate
+from ffjax.cost.simulation.limits import Limits
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import PlanError, PlanMismatch
@@ -134,6 +135,8 @@ class Plan:
     search: SearchReport
     profile: str = ""
     """The measurements that it was priced by: name and hash; empty if none were."""
+    limits: Limits | None = field(default=None, metadata={"optional": True})
+    """What holds the step back; None in plans that were saved before this was known."""
     layout: Layout | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
     """The plan on its program; None for a loaded plan that is not bound yet."""
     described: Cluster | None = field(default=None, compare=False, repr=False, metadata={"plain": False})

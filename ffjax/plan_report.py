@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
+from ffjax.cost.simulation.limits import MoreMemory, limits_of
 from ffjax.fingerprint import fingerprint
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import Graph, Op
@@ -18,9 +19,11 @@ from ffjax.ir.spec import MeshShape
 from ffjax.ir.trace import Program
 from ffjax.pins import entries
 from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
+from ffjax.strategies.budget import Fit
 from ffjax.strategies.families import members
+from ffjax.strategies.problem import total_seconds
 from ffjax.strategies.runner_up import RunnerUp, runners_up
-from ffjax.strategies.search import Found, SearchResult
+from ffjax.strategies.search import AUTO, Found, SearchResult
 
 
 def plan_of(
@@ -64,10 +67,30 @@ def plan_of(
         decisions=tuple(_decisions(regions, best, result.keys, others)),
         estimate=estimate(layout, result.kernels, model, best.peak, best.simulated),
         search=_search_report(result, best, seconds),
+        limits=limits_of(
+            result.session.simulator(best.mesh), result.kernels, layout.assignments, _more_memory(result, best)
+        ),
         profile="" if cluster.profile is None else f"{cluster.profile.name} {cluster.profile.digest}",
         layout=layout,
         described=cluster,
     )
+
+
+def _more_memory(result: SearchResult, best: Found) -> MoreMemory | None:
+    """What the solves for this plan's mesh paid for memory, and the fastest plan known that does not fit."""
+    bound = [f for f in result.found if f.fits and f.free is not None and f.strategy in (AUTO, best.strategy)]
+    too_large = [(_step_s(result, f, f.free), f.free.peak.bytes) for f in bound if f.free is not None]
+    step_s, size = min(too_large, default=(best.predicted_s, 0.0))
+    if step_s >= best.predicted_s:
+        return None
+    here = min((f for f in bound if f.mesh == best.mesh), key=lambda f: f.predicted_s, default=best)
+    return MoreMemory(saved_s_per_gib=here.s_per_byte * 2**30, peak_bytes=size, step_s=step_s)
+
+
+def _step_s(result: SearchResult, found: Found, fit: Fit) -> float:
+    if found.simulated is None:
+        return total_seconds(found.problem, fit.solution.choice)
+    return result.session.simulated(fit.layout).step_s
 
 
 def _decisions(regions: Regions, best: Found, keys: Sequence[str], others: Sequence[RunnerUp | None]) -> list[Decision]:
