@@ -114,48 +114,87 @@ def plan_program(
     trace_s: float = 0.0,
 ) -> Plan:
     """Searches a plan for a program that is traced already; see `plan`."""
-    began = time.perf_counter()
-    cluster = cluster_of(cluster)
     if verify not in (NEVER, FINALISTS):
         raise PlanError(
             f"verify={verify!r} is no way to verify. Remedy: {NEVER!r}, or {FINALISTS!r} to compile the best."
         )
-    budget = float(cluster.device.memory_bytes if memory is None else parse_bytes(memory))
-    meshes = None if mesh is None else [mesh_of(mesh, cluster)]
-    graph = build_graph(program)
-    regions = find_regions(graph)
-    if pins:
-        check_pins(regions, pins, meshes or cluster.mesh_shapes(max_axes=MOST_AXES))
-    seconds = {"trace": trace_s, "rules": time.perf_counter() - began}
+    asked = ProgramSearch(
+        program,
+        cluster=cluster,
+        memory=memory,
+        strategy=strategy,
+        mesh=mesh,
+        pins=pins,
+        progress=progress,
+        trace_s=trace_s,
+    )
+    result = asked.search(asked.budget_bytes)
+    if not result.best.fits:
+        raise over_budget(result, asked.budget_bytes, asked.cluster)
+    warn_if_batch_is_whole(asked.regions, result)
+    if verify == NEVER:
+        return asked.plan(result, result.best)
+    return settle(result, asked.cluster, asked.budget_bytes, asked.search, asked.plan, asked.seconds, progress)
 
-    def searched(budget_bytes: float) -> SearchResult:
+
+class ProgramSearch:
+    """What is asked of one program, checked; see `plan`. Searches share its analysis."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        cluster: Cluster | None = None,
+        memory: str | float | None = None,
+        strategy: str = AUTO,
+        mesh: Mapping[str, int] | None = None,
+        pins: Pins | None = None,
+        progress: Progress | None = None,
+        trace_s: float = 0.0,
+    ) -> None:
+        began = time.perf_counter()
+        self.program, self.strategy, self.pins, self.progress = program, strategy, pins or {}, progress
+        self.cluster = cluster_of(cluster)
+        self.budget_bytes = float(self.cluster.device.memory_bytes if memory is None else parse_bytes(memory))
+        self.meshes = None if mesh is None else [mesh_of(mesh, self.cluster)]
+        self.regions = find_regions(build_graph(program))
+        if self.pins:
+            check_pins(self.regions, self.pins, self.meshes or self.cluster.mesh_shapes(max_axes=MOST_AXES))
+        self.seconds = {"trace": trace_s, "rules": time.perf_counter() - began}
+        """Where the time went, all searches together."""
+
+    def search(self, budget_bytes: float) -> SearchResult:
+        """Searches within a budget; raises PlanError or PinError where there is nothing to search."""
         try:
             result = search(
-                regions,
-                cluster,
+                self.regions,
+                self.cluster,
                 budget_bytes=budget_bytes,
-                strategy=strategy,
-                meshes=meshes,
-                keep=keep_pins(regions, pins or {}),
-                marks=pin_marks(regions, pins or {}),
-                progress=progress,
+                strategy=self.strategy,
+                meshes=self.meshes,
+                keep=keep_pins(self.regions, self.pins),
+                marks=pin_marks(self.regions, self.pins),
+                progress=self.progress,
             )
         except ValueError as error:
-            raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
+            raise (PinError if self.pins else PlanError)(f"{self.program.name}: {error}") from error
         for phase, spent in result.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
         return result
 
-    def reported(result: SearchResult, found: Found) -> Plan:
-        return plan_of(program, regions, cluster, result, found, budget, strategy, pins or {}, seconds)
-
-    result = searched(budget)
-    if not result.best.fits:
-        raise over_budget(result, budget, cluster)
-    warn_if_batch_is_whole(regions, result)
-    if verify == NEVER:
-        return reported(result, result.best)
-    return settle(result, cluster, budget, searched, reported, seconds, progress)
+    def plan(self, result: SearchResult, found: Found) -> Plan:
+        """One of a search's findings as a plan."""
+        return plan_of(
+            self.program,
+            self.regions,
+            self.cluster,
+            result,
+            found,
+            self.budget_bytes,
+            self.strategy,
+            self.pins,
+            self.seconds,
+        )
 
 
 def bind_program(plan: Plan, program: Program) -> Plan:

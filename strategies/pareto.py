@@ -97,7 +97,7 @@ class _Line:
                         objective_s=total_seconds(self.priced.problem, choice),
                         bound_s=self.priced.free.solution.bound_s,
                         peak=fit.peak,
-                        fits=fit.fits,
+                        fits=fit.peak.bytes <= self.result.session.budget_bytes,
                         algorithm=f"{fit.solution.status}, price on memory" if price else fit.solution.status,
                         problem=self.problem,
                         choice=choice,
@@ -149,8 +149,9 @@ def _lines(result: SearchResult, base: Found, problem: Problem, known: Sequence[
         solver = Solver()
         solution = solver.solve(objective, starts, prove=False)
         if solution is not None:
-            free = fit_of(objective, solution, session.budget_bytes, session.memory)
-            priced = Priced(objective, session.budget_bytes, session.memory, session.times, solver, free)
+            # No budget is little enough: so the instants at which solutions peak are learnt from all of them.
+            free = fit_of(objective, solution, 0.0, session.memory)
+            priced = Priced(objective, 0.0, session.memory, session.times, solver, free)
             lines.append(_Line(result, base, problem, priced))
     return lines
 
