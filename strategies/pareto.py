@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from ffjax.strategies.budget import Fit, fit_of
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import observed, overlapped
-from ffjax.strategies.priced_memory import CHEAPEST, DEAREST, ROUNDS, Priced
+from ffjax.strategies.priced_memory import BYTES_ALONE, CHEAPEST, DEAREST, Priced
 from ffjax.strategies.problem import Problem, choice_of, total_seconds
 from ffjax.strategies.search import AUTO, Found, Progress, SearchResult
 
 SOLVES = 24
 """How often at most a rectangle is halved, on all meshes together."""
+_PRICES = (DEAREST, 1.0)
+"""Tried on all meshes."""
 _NEAR = 1.1
 """Prices whose ratio is less are not told apart."""
 _ALIKE = 1e-3
@@ -41,7 +43,8 @@ def pareto_front(result: SearchResult, solves: int = SOLVES, progress: Progress 
     known = _simulated(result, (result.best, *result.found))
     lines = [line for base, problem in _problems(result, known) for line in _lines(result, base, problem, known)]
     for line in lines:
-        line.at(DEAREST)
+        for price in _PRICES:
+            line.at(price)
     for done in range(solves):
         points = known + [f for line in lines for _, f in line.points]
         gaps = [gap for line in lines for gap in line.gaps(points)]
@@ -52,9 +55,7 @@ def pareto_front(result: SearchResult, solves: int = SOLVES, progress: Progress 
         _, line, price = max(gaps, key=lambda g: g[0])
         line.at(price)
     if lines:
-        least = min(lines, key=lambda line: line.priced.least.peak.bytes)
-        least.priced.shrink(ROUNDS)
-        least.add(math.inf, least.priced.least)
+        min(lines, key=lambda line: line.priced.least.peak.bytes).shrink()
     return non_dominated(known + [f for line in lines for _, f in line.points])
 
 
@@ -82,6 +83,14 @@ class _Line:
         fit = self.priced.at(price)
         if fit is not None:
             self.add(price, fit)
+
+    def shrink(self) -> None:
+        """Adds the least that is found, from the start: instants at which cheaper solutions peak only mislead."""
+        before = self.priced
+        anew = Priced(before.problem, 0.0, before.memory, before.times, before.solver, before.free)
+        anew.at(DEAREST)
+        anew.shrink()
+        self.add(BYTES_ALONE, anew.least)
 
     def add(self, price: float, fit: Fit) -> None:
         choice = fit.solution.choice

@@ -27,10 +27,10 @@ from ffjax.strategies.problem import Problem, total_seconds
 CHEAPEST, DEAREST = 0.01, 30.0
 """Prices of all memory, in steps, between which the bisection looks."""
 _HALVINGS = 5
-ROUNDS, _PATIENCE = 10, 2
+_ROUNDS, _PATIENCE = 10, 2
 """Of minimising bytes alone: at most so many, and so many without a lower peak end it."""
-_TIE_BREAK = 1e-3
-"""Weight of a step's time against all memory where memory is minimised."""
+BYTES_ALONE = 1e3
+"""The price at which memory alone is minimised, but for ties."""
 _PRICED_GAP, _PRICED_SWEEPS = 1e-3, 12
 """How well priced problems are solved: a price is a guess itself."""
 
@@ -110,12 +110,12 @@ class Priced:
             self._play(found.peak.instant)
         return found
 
-    def shrink(self, rounds: int) -> None:
+    def shrink(self, rounds: int = _ROUNDS) -> None:
         """Looks for a smaller `least`, until one fits or none is found any more."""
         stale = 0
         for _ in range(rounds):
             before = self.least
-            if self.at(1 / _TIE_BREAK) is None or self.least.fits:
+            if self.at(BYTES_ALONE) is None or self.least.fits:
                 break
             stale = stale + 1 if self.least is before else 0
             if stale > _PATIENCE:
@@ -146,7 +146,7 @@ def _solve_priced(prices: Priced, thorough: bool) -> Fit:
     if fitting:
         best = min(fitting, key=lambda f: total_seconds(prices.problem, f.solution.choice))
         return dataclasses.replace(best, solution=dataclasses.replace(best.solution, bound_s=prices.bound_s))
-    prices.shrink(ROUNDS if thorough else 1)
+    prices.shrink(_ROUNDS if thorough else 1)
     return prices.least
 
 
