@@ -96,7 +96,13 @@ def _limits(plan: Plan, limits: Limits) -> list[str]:
         saved = "" if link is None else _saved(link)
         exposed = f"{seconds_text(s.exposed_s)} exposed" if link is not None else ""
         rows.append(
-            (s.stream, f"{seconds_text(s.busy_s)} busy", exposed, saved, "<- bottleneck" * (s == limits.bottleneck))
+            (
+                s.stream,
+                f"{seconds_text(s.busy_s)} busy",
+                exposed,
+                saved,
+                "<- bottleneck" * (s.stream == limits.bottleneck),
+            )
         )
     if limits.memory is None:
         more = "more would change nothing that is known"

@@ -58,9 +58,13 @@ class Limits:
     memory: MoreMemory | None = None
 
     @property
-    def bottleneck(self) -> StreamUse:
-        """The compute stream, or the link that kernels wait for longer than they run."""
-        return max(self.streams, key=lambda s: s.busy_s if s.stream == COMPUTE else s.exposed_s)
+    def bottleneck(self) -> str:
+        """The compute stream; or, where kernels wait longer than they run, the link whose bandwidth saves most."""
+        kernels_s = sum(s.busy_s for s in self.streams if s.stream == COMPUTE)
+        # A collective occupies all links that it crosses, so being busy does not tell them apart.
+        if not self.links or max(s.exposed_s for s in self.streams) <= kernels_s:
+            return COMPUTE
+        return max(self.links, key=lambda link: link.saved_by_twice_s).link
 
 
 def limits_of(
