@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import sys
 import time
-from collections.abc import Sequence
 
 from tables import write
 
@@ -63,12 +62,10 @@ def solved(problem: Problem) -> dict[str, tuple[Solution | None, float]]:
     return found
 
 
-def ablation(only: Sequence[str]) -> None:
+def ablation() -> None:
     names = [m.name for m in (Exact(), Solver(), Decomposition(), NamedDimensions())] + ["mcmc"]
     rows = []
     for model, (example, config) in MODELS.items():
-        if only and example not in only:
-            continue
         for devices, meshes in MESHES.items():
             regions = regions_of(example, config, devices)
             keys = family_keys(regions)
@@ -93,16 +90,16 @@ def ablation(only: Sequence[str]) -> None:
         "ablation",
         "Search methods: quality and time",
         [
-            "Each method alone, without starts, on the sum of costs. Cells: the objective over the best that any "
-            "method found, and seconds of processor time. Bound: the best proved bound over the same. Build: seconds "
-            f"to make the problem. The integer program is tried alone up to {MOST_CELLS} resharding variables, for 60 s.",
+            "Each method alone, without starts, on the sum of costs: objective over the best that any method found, "
+            "and seconds of processor time. Bound: the best proved bound over the same. Build: seconds to make the "
+            f"problem. The integer program is tried alone up to {MOST_CELLS} resharding variables, 60 s at most.",
         ],
         ("model", "H100s", "mesh", "nodes", "candidates", "build", "bound", *names),
         rows,
     )
 
 
-def refinement(only: Sequence[str]) -> None:
+def refinement() -> None:
     rows = []
     large = dataclasses.replace(
         gpt.Config.gpt2(),
@@ -116,8 +113,6 @@ def refinement(only: Sequence[str]) -> None:
         remat=True,
     )
     for model, (example, config) in {**MODELS, "gpt, 96 layers of 12288, scanned": ("gpt", large)}.items():
-        if only and example not in only:
-            continue
         for devices in (8, 64) if config is not large else (1024,):
             regions = regions_of(example, config, devices)
             cluster = Cluster.named("h100", hosts=devices // 8)
@@ -133,7 +128,7 @@ def refinement(only: Sequence[str]) -> None:
                 (
                     model,
                     devices,
-                    result.best.mesh,
+                    str(result.best.mesh),
                     f"{step * 1e3:.3f}",
                     f"{result.best.predicted_s * 1e3:.3f}",
                     f"{1 - result.best.predicted_s / step:.2%}",
@@ -155,5 +150,5 @@ def refinement(only: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    ablation(sys.argv[1:])
-    refinement(sys.argv[1:])
+    ablation()
+    refinement()

@@ -40,6 +40,8 @@ class Lifetimes:
     last: NDArray[np.int64]
     new_results: NDArray[np.int64]
     """Values that become results in buffers of their own."""
+    first_read: NDArray[np.int64]
+    """For each value when it is first read; one more than the last instant if it never is."""
 
     def bytes(self) -> NDArray[np.float64]:
         """For each value, unsharded, what it takes in memory: temporaries leave gaps between them."""
@@ -59,11 +61,6 @@ class Lifetimes:
           devices: over how many of them a sum is scattered.
         """
         graph = self.graph
-        readers = np.full(len(graph.values), len(graph.ops), dtype=np.int64)
-        for op in graph.ops:
-            for value in op.operands:
-                if value != NO_VALUE:
-                    readers[value] = min(readers[value], self.when[op.id])
         flushed = np.zeros(len(graph.values), dtype=np.int64)
         made = {v: int(self.when[graph.values[v].producer]) for v in sums}
         group: list[int] = []
@@ -75,7 +72,7 @@ class Lifetimes:
                 group, size, needed, scope = [], 0.0, len(graph.ops), own_scope
             group.append(value)
             size += share
-            needed = min(needed, int(readers[value]))
+            needed = min(needed, int(self.first_read[value]))
             flushed[group] = made[value]
         return flushed
 
@@ -100,6 +97,7 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
     when: list[int] = runs.tolist()
     first = [when[v.producer] for v in graph.values]
     last = first.copy()
+    first_read = [end] * len(graph.values)
     stays = [False] * len(graph.values)
     untils = when.copy()
     replacing = {graph.outputs[r] for _, r in _replacing(graph)}
@@ -118,6 +116,7 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
         for value in op.operands:
             if value != NO_VALUE:
                 last[value] = max(last[value], until)
+                first_read[value] = min(first_read[value], when[op.id])
     donated = _donated(graph)
     replaced = _replaced(graph)
     for position, op_id in enumerate(graph.arguments):
@@ -158,6 +157,7 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
         first=np.array(first, dtype=np.int64),
         last=np.array(last, dtype=np.int64),
         new_results=np.array(new_results, dtype=np.int64),
+        first_read=np.array(first_read, dtype=np.int64),
     )
 
 

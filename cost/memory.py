@@ -95,6 +95,7 @@ class MemoryModel:
             sums.setdefault(key, []).append(value)
         self.sums = [np.array(values, dtype=np.int64) for values in sums.values()]
         """Results that may be partial sums, by what is sharded alike."""
+        self._flushed: dict[int, Ints] = {}
         self.windows = [(op.id, op.operands[found[0].operand]) for op in graph.ops if (found := halos(op.eqn))]
         """Ops that slide a window over an image, and the image."""
 
@@ -139,7 +140,9 @@ class MemoryModel:
             elif compiler.copies_gathered and _gathers_inside(home, spec):
                 held.add(_COPY, copies.values, begins, begins, pieces)
             held.add(_COPY, copies.values, first, ends, pieces)
-        flushed = times.flushed(self.all_sums, mesh.devices)
+        if mesh.devices not in self._flushed:
+            self._flushed[mesh.devices] = times.flushed(self.all_sums, mesh.devices)
+        flushed = self._flushed[mesh.devices]
         for reduced in self.sums:
             value = int(reduced[0])
             producer = self.graph.values[value].producer

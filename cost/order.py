@@ -88,18 +88,21 @@ def _schedule(
     step_of: dict[int, int] = {}
     at = span.first
     while at <= span.last:
-        bodies = next((inside[s, at] for s in span.scopes if (s, at) in inside), [])
+        bodies = [body for s in span.scopes for body in inside.get((s, at), ())]
         ops = [op for body in bodies for op in _schedule(graph, kernel, inside, body)] or [at]
-        step_of.update(dict.fromkeys(ops, len(steps)))
+        for op in ops:
+            step_of[op] = len(steps)
         steps.append(ops)
         at += len(ops)
     entering = {step_of[op] for op in border}
     outside = entering | {-1}
     makers: list[tuple[int, ...]] = []
+    values = graph.values
     for index, ops in enumerate(steps):
-        values = (v for op in ops for v in graph.ops[op].operands if v != NO_VALUE)
-        read = dict.fromkeys(step_of.get(graph.values[v].producer, -1) for v in values)
-        makers.append(tuple(m for m in read if m not in outside and m != index))
+        read = dict.fromkeys(
+            [step_of.get(values[v].producer, -1) for op in ops for v in graph.ops[op].operands if v != NO_VALUE]
+        )
+        makers.append(tuple([m for m in read if m not in outside and m != index]))
     single = [graph.ops[ops[0]] if len(ops) == 1 else None for ops in steps]
     reduces = [op is not None and is_reduction(op) for op in single]
     runs = [i not in entering and (op is None or (kernel[op.id] and not reduces[i])) for i, op in enumerate(single)]
@@ -108,7 +111,7 @@ def _schedule(
     reads: list[frozenset[int]] = []
     own: list[frozenset[int]] = []  # what a step adds to those that read it
     for index, made in enumerate(makers):
-        reads.append(own[made[0]] if len(made) == 1 else nothing.union(*(own[m] for m in made)))
+        reads.append(own[made[0]] if len(made) == 1 else nothing.union(*[own[m] for m in made]))
         own.append(frozenset((index,)) if runs[index] else reads[index])
     order = _from_the_end(
         [of if run else nothing for of, run in zip(reads, runs, strict=True)], runs, _tail(single, makers)

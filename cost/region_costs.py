@@ -10,6 +10,7 @@ A kernel's work is spread over every atom that it iterates over, reduced ones in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,16 +71,23 @@ def compute_seconds(kernels: Sequence[Kernel], splits: Splits, model: Collective
     return op_times(model.cluster).seconds(kernels, splits)
 
 
-def reduction_seconds(
-    regions: Regions, region: Region, candidates: Sequence[Assignment], splits: Splits, model: CollectiveModel
-) -> Floats:
-    """For each candidate the seconds of the collectives that its partial sums need in one step."""
-    total = np.zeros(len(candidates))
+class Sums(NamedTuple):
+    """Sums of one region over the same atoms, of results that are split alike: how many in a step, of how many bytes.
+
+    Bytes are those of all results together, unsharded.
+    """
+
+    reduced: tuple[int, ...]
+    kept: tuple[int, ...]
+    merged: bool
+    runs: float
+    bytes: float
+
+
+def sums_of(regions: Regions, region: Region) -> list[Sums]:
+    """What a region reduces in one step, whatever its sharding."""
     reducing = [(op, d) for op, d in zip(region.ops, region.dims, strict=True) if d.reduced]
-    if not reducing:
-        return total
     graph = regions.graph
-    # What reduces over the same atoms and is split alike costs alike: add up bytes and counts first.
     groups: dict[tuple[tuple[int, ...], tuple[int, ...], bool], list[float]] = {}
     for op, dims in reducing:
         trips = graph.scopes[graph.ops[op].scope].trips
@@ -88,7 +96,15 @@ def reduction_seconds(
             entry = groups.setdefault(key, [0.0, 0.0])
             entry[0] += trips
             entry[1] += trips * graph.values[value].bytes
-    for (reduced, kept, merged), (count, size) in groups.items():
+    return [Sums(*key, count, size) for key, (count, size) in groups.items()]
+
+
+def reduction_seconds(
+    sums: Sequence[Sums], candidates: Sequence[Assignment], splits: Splits, model: CollectiveModel
+) -> Floats:
+    """For each candidate the seconds of the collectives that its partial sums need in one step."""
+    total = np.zeros(len(candidates))
+    for reduced, kept, merged, runs, size in sums:
         local = size / splits.of(kept)
         for index, candidate in enumerate(candidates):
             axes = tuple(n for n, a in zip(model.mesh.axes, candidate.atoms, strict=True) if a in reduced)
@@ -96,8 +112,8 @@ def reduction_seconds(
                 to = zip(candidate.atoms, candidate.scatter, strict=True)
                 scatter = any(d != UNUSED for a, d in to if a in reduced)
                 alpha, beta = model.coefficients("reduce_scatter" if scatter else "all_reduce", axes)
-                share = model.share_of_one(local[index] / count) if merged else 1.0
-                total[index] += count * alpha * share + beta * local[index]
+                share = model.share_of_one(local[index] / runs) if merged else 1.0
+                total[index] += runs * alpha * share + beta * local[index]
     return total
 
 

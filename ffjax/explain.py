@@ -109,8 +109,8 @@ def _limits(plan: Plan, limits: Limits) -> list[str]:
     else:
         m = limits.memory
         more = (
-            f"binds: at the margin a GiB more on each device is worth {seconds_text(m.saved_s_per_gib)} of a step; with "
-            f"{bytes_text(m.peak_bytes)} it would take {seconds_text(m.step_s)}"
+            f"binds: at the margin a GiB more on each device is worth {seconds_text(m.saved_s_per_gib)} of a "
+            f"step; with {bytes_text(m.peak_bytes)} it would take {seconds_text(m.step_s)}"
         )
     return [
         "what the step waits for, per device, and what more of it would save (this plan, simulated again)",

@@ -38,13 +38,12 @@ def candidates(regions: Regions, region: Region, mesh: MeshShape, keep: Keep | N
                 if atom in reduced and single:
                     own += [(atom, dim) for dim, n in enumerate(shape) if n % size == 0]
         options.append(own)
-    merged = _merged(region)
     images = _images(regions, region)
     found = []
     for choice in itertools.product(*options):
         assignment = Assignment(tuple(a for a, _ in choice), tuple(d for _, d in choice))
         if (
-            _written(region, assignment, mesh, merged)
+            _written(region, assignment, mesh)
             and _reached(images, assignment, mesh)
             and _valid(region, assignment, mesh, reduced, result, shape)
         ):
@@ -89,9 +88,7 @@ def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh:
     for atom, dim in zip(assignment.atoms, assignment.scatter, strict=True):
         if dim != UNUSED and not (single and atom in reduced and 0 <= dim < len(shape)):
             return False
-    return _written(region, assignment, mesh, _merged(region)) and _valid(
-        region, assignment, mesh, reduced, result, shape
-    )
+    return _written(region, assignment, mesh) and _valid(region, assignment, mesh, reduced, result, shape)
 
 
 def _sums(regions: Regions, region: Region) -> tuple[bool, set[int], Dims, tuple[int, ...]]:
@@ -118,13 +115,8 @@ def _reached(images: Mapping[int, Halo], assignment: Assignment, mesh: MeshShape
     return all(h.fits(mesh.size(assignment.axes(atom, mesh))) for atom, h in images.items())
 
 
-def _merged(region: Region) -> set[Dims]:
-    """The views of a region's values that have a dimension of several factors."""
-    return {v for dims in region.dims for v in dims.operands + dims.results if any(len(dim) > 1 for dim in v)}
-
-
-def _written(region: Region, assignment: Assignment, mesh: MeshShape, merged: set[Dims]) -> bool:
-    return all(spec_of(dims, region.sizes, assignment, mesh) is not None for dims in merged)
+def _written(region: Region, assignment: Assignment, mesh: MeshShape) -> bool:
+    return all(spec_of(dims, region.sizes, assignment, mesh) is not None for dims in region.merged)
 
 
 def _valid(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.region_costs import Splits, compute_seconds, halo_seconds, reduction_seconds
+from ffjax.cost.region_costs import Splits, Sums, compute_seconds, halo_seconds, reduction_seconds, sums_of
 from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.reshard_chain import reshard_chain
@@ -121,18 +121,72 @@ class ReshardCosts:
         return out
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """What of a problem is the same on all meshes. As long as the program: worked out once, not for each problem."""
+
+    families: dict[str, list[int]]
+    node_of: list[int]
+    """For each region the place of its family."""
+    sums: list[list[Sums]]
+    """For each family what one of its regions reduces."""
+    late: list[bool]
+    """As in `Node`."""
+    transfers: dict[_Alike, list[tuple[int, int]]]
+    """What is read elsewhere: the (value, scope) of all that are alike."""
+
+
+def wiring_of(regions: Regions, keys: Sequence[str]) -> Wiring:
+    """How the families of a program are connected. `keys` are the families'."""
+    graph = regions.graph
+    families = members(keys)
+    node_of = [0] * len(regions.regions)
+    for node, family in enumerate(families.values()):
+        for region in family:
+            node_of[region] = node
+    firsts = [regions.regions[family[0]] for family in families.values()]
+    readers: dict[tuple[int, int], set[tuple[int, Dims]]] = {}
+    for edge in regions.edges:
+        scope = graph.ops[edge.op].scope
+        readers.setdefault((edge.value, scope), set()).add((node_of[edge.target], edge.target_dims))
+    # A value read twice in one way is one transfer; members of families that are alike add up.
+    groups: dict[_Alike, list[tuple[int, int]]] = {}
+    for (value, scope), ports in readers.items():
+        region = regions.region_of[graph.values[value].producer]
+        alike = _Alike(
+            node=node_of[region],
+            dims=regions.home[value],
+            bytes=graph.values[value].bytes,
+            trips=graph.scopes[scope].trips,
+            ports=tuple(sorted(ports)),
+            merged=regions.merged_copies[value],
+        )
+        groups.setdefault(alike, []).append((value, scope))
+    return Wiring(
+        families=families,
+        node_of=node_of,
+        sums=[sums_of(regions, first) for first in firsts],
+        late=[all(regions.merged_sums[v] for v in graph.ops[first.ops[0]].results) for first in firsts],
+        transfers=groups,
+    )
+
+
 def build_problem(
     regions: Regions,
     keys: Sequence[str],
     kernels: Mapping[str, Sequence[Kernel]],
     model: CollectiveModel,
     keep: Keep | None = None,
+    wiring: Wiring | None = None,
 ) -> Problem:
-    """Puts the program on one mesh. `keys` are the families'; `keep` restricts candidates."""
+    """Puts the program on one mesh.
+
+    `keys` are the families'; `keep` restricts candidates; `wiring` is `wiring_of` them, if it is known.
+    """
     mesh = model.mesh
+    wiring = wiring_of(regions, keys) if wiring is None else wiring
     nodes: list[Node] = []
-    node_of = [0] * len(regions.regions)
-    for key, family in members(keys).items():
+    for (key, family), sums, late in zip(wiring.families.items(), wiring.sums, wiring.late, strict=True):
         first = regions.regions[family[0]]
         found = candidates(regions, first, mesh, keep)
         splits = Splits(first, found, model)
@@ -144,15 +198,13 @@ def build_problem(
                 regions=family,
                 candidates=found,
                 compute_s=compute_seconds(kernels.get(key, ()), splits, model) + count * copied_s,
-                reduction_s=count * (reduction_seconds(regions, first, found, splits, model) + permuted_s),
+                reduction_s=count * (reduction_seconds(sums, found, splits, model) + permuted_s),
                 splits=splits,
-                late=all(regions.merged_sums[v] for v in regions.graph.ops[first.ops[0]].results),
+                late=late,
             )
         )
-        for region in family:
-            node_of[region] = len(nodes) - 1
-    problem = Problem(mesh=mesh, model=model, regions=regions, nodes=nodes, node_of=node_of)
-    problem.transfers = _transfers(problem)
+    problem = Problem(mesh=mesh, model=model, regions=regions, nodes=nodes, node_of=wiring.node_of)
+    problem.transfers = _transfers(problem, wiring.transfers)
     return problem
 
 
@@ -175,25 +227,8 @@ class _Alike(NamedTuple):
     merged: bool
 
 
-def _transfers(problem: Problem) -> list[Transfer]:
-    regions, mesh, graph = problem.regions, problem.mesh, problem.regions.graph
-    readers: dict[tuple[int, int], set[tuple[int, Dims]]] = {}
-    for edge in regions.edges:
-        scope = graph.ops[edge.op].scope
-        readers.setdefault((edge.value, scope), set()).add((problem.node_of[edge.target], edge.target_dims))
-    # A value read twice in one way is one transfer; members of families that are alike add up.
-    groups: dict[_Alike, list[tuple[int, int]]] = {}
-    for (value, scope), ports in readers.items():
-        region = regions.region_of[graph.values[value].producer]
-        alike = _Alike(
-            node=problem.node_of[region],
-            dims=regions.home[value],
-            bytes=graph.values[value].bytes,
-            trips=graph.scopes[scope].trips,
-            ports=tuple(sorted(ports)),
-            merged=regions.merged_copies[value],
-        )
-        groups.setdefault(alike, []).append((value, scope))
+def _transfers(problem: Problem, groups: Mapping[_Alike, list[tuple[int, int]]]) -> list[Transfer]:
+    regions, mesh = problem.regions, problem.mesh
     costs = ReshardCosts(problem.model)
     specs: dict[tuple[int, Dims, bool], tuple[list[Spec], Ints]] = {}
 

@@ -36,7 +36,7 @@ from ffjax.strategies.methods.refinement import Refinement
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import Exposed, all_hidden, observed, overlapped
 from ffjax.strategies.priced_memory import solve_within
-from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds
+from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds, wiring_of
 from ffjax.strategies.roles import Roles, lacking
 from ffjax.strategies.usage import Usage
 
@@ -242,6 +242,7 @@ class Session:
         self.keys = family_keys(regions, marks)
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
+        self.wiring = wiring_of(regions, self.keys)
         self.usage = Usage(regions, named_dims(regions))
         self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
         self.memory = MemoryModel(regions, self.times, self.keys)
@@ -324,7 +325,7 @@ class Session:
         if mesh not in self._problems:
             pins = self.keep(mesh) if self.keep is not None else None
             model = CollectiveModel(mesh, self.cluster)
-            self._problems[mesh] = build_problem(self.regions, self.keys, self.by_family, model, pins)
+            self._problems[mesh] = build_problem(self.regions, self.keys, self.by_family, model, pins, self.wiring)
         return self._problems[mesh]
 
     def _solved(

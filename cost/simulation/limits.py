@@ -43,8 +43,10 @@ class MoreMemory:
     """What more memory would change, where there is too little for the fastest plan known."""
 
     saved_s_per_gib: float
-    """Of a step, by GiB more on each device: the slope to that plan; or the shadow price, of the sum that was minimised,
-    where the plan was found by one."""
+    """Of a step, by GiB more on each device: the slope to that plan; where a price on memory found the plan, that price.
+
+    A price is of the sum of costs that was minimised.
+    """
     peak_bytes: float
     step_s: float
     """Of a faster plan that does not fit."""

@@ -110,7 +110,7 @@ class Simulator:
                 f"{len(assignments)} assignments for {len(self.regions.regions)} regions; give one for each"
             )
         self.assignments = list(assignments)
-        self._numbers = [self._costs.number(a) for a in assignments]
+        self._numbers = self._costs.numbers(assignments)
         self._ticks = [0] * len(self.regions.graph.ops)
         self._copies: list[tuple[Copy, ...]] = [()] * len(self.tasks.reads)
         self._sums: list[tuple[Hop, ...]] = [()] * len(self.tasks.sums)

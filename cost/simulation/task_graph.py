@@ -15,7 +15,7 @@ Positions are `3 * op + phase`: before an op waits (0), while its kernel runs (1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from ffjax.cost.kernels import Kernel, fusible
@@ -107,6 +107,22 @@ class TaskGraph:
     """For each op with a kernel the step at which it runs."""
     block_of: list[int]
     """For each scope the block that it is part of: a rematerialised body is part of the block around it."""
+    kinds: Kinds | None = None
+    """Of tasks that cost alike on any mesh; filled in when they are first priced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kinds:
+    """Numbers that regions (by their kernels), reads and sums share whose costs are the same under like assignments.
+
+    `read_regions` and `sum_regions` pick from a list with an entry per region those of a read or a sum.
+    """
+
+    kernels: list[int]
+    reads: list[int]
+    sums: list[int]
+    read_regions: list[Callable[[Sequence[int]], Hashable]]
+    sum_regions: list[Callable[[Sequence[int]], Hashable]]
 
 
 @dataclass(slots=True, kw_only=True)

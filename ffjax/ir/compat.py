@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ def without_references(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     try:
         plain: core.ClosedJaxpr = discharge.discharge_state(closed)
     except TypeError:  # before jax 0.10
-        jaxpr, consts = discharge.discharge_state(closed.jaxpr, closed.consts)  # type: ignore[call-arg, misc]
-        plain = core.ClosedJaxpr(jaxpr, consts)
+        older: Callable[..., tuple[core.Jaxpr, list[object]]] = discharge.discharge_state  # type: ignore[assignment]
+        plain = core.ClosedJaxpr(*older(closed.jaxpr, closed.consts))
     return plain
 
 

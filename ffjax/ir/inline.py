@@ -8,6 +8,7 @@ Arrays that the program closes over, at any depth, become its leading arguments,
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -139,14 +140,11 @@ class _Body:
                 params, extra = self.params(eqn)
                 operands = _insert(eqn, operands, extra)
                 key = _identity(eqn, operands)
-                if key is not None and key in self.known:
-                    results = list(self.known[key])
-                else:
-                    fresh = [Var(v.aval) for v in eqn.outvars]
+                fresh = [Var(v.aval) for v in eqn.outvars]
+                made = fresh if key is None else self.known.setdefault(key, fresh)
+                if made is fresh:
                     self.eqns.append(eqn.replace(invars=operands, outvars=fresh, params=params))
-                    if key is not None:
-                        self.known[key] = fresh
-                    results = list(fresh)
+                results = list(made)
             env.update(zip(eqn.outvars, results, strict=True))
 
     def call(self, eqn: JaxprEqn, body: Jaxpr | ClosedJaxpr, operands: list[Atom]) -> list[Atom]:
@@ -209,8 +207,11 @@ def _identity(eqn: JaxprEqn, operands: Sequence[Atom]) -> object | None:
         hash(params)
     except TypeError:
         return None
-    atoms = tuple((str(a.aval), np.asarray(a.val).tobytes()) if isinstance(a, Literal) else id(a) for a in operands)
+    atoms = tuple([(_text(a.aval), np.asarray(a.val).tobytes()) if isinstance(a, Literal) else id(a) for a in operands])
     return (eqn.primitive, params, atoms, eqn.ctx.compute_type)
+
+
+_text = functools.lru_cache(maxsize=1024)(str)
 
 
 def _scalar_test(eqn: JaxprEqn) -> JaxprEqn:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ffjax.ir.assignment import Assignment, scattered, spec_of
-from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.graph import Graph
 from ffjax.ir.halo import Cut, exchanges, halos, split_halos
 from ffjax.ir.op_kinds import ends_in_its_sum
 from ffjax.ir.regions import Dims, Regions
@@ -80,6 +80,8 @@ class Layout:
         return self._axes(op, self.regions.ports[op].pending)
 
     def _axes(self, op: int, atoms: tuple[int, ...]) -> tuple[str, ...]:
+        if not atoms:
+            return ()
         assignment = self.assignments[self.regions.region_of[op]]
         return tuple(n for n, a in zip(self.mesh.axes, assignment.atoms, strict=True) if a in atoms)
 
@@ -89,14 +91,12 @@ class Layout:
     def copies(self) -> Iterator[tuple[int, Spec, int, int]]:
         """Every resharding: (value, the sharding it is read in, scope, first op that reads it so)."""
         seen: set[tuple[int, Spec, int]] = set()
-        for op in self.graph.ops:
-            for index, value in enumerate(op.operands):
-                if value == NO_VALUE or self.graph.values[value].constant or not self.graph.values[value].shape:
-                    continue
-                spec = self.operand(op.id, index)
-                if spec != self.home(value) and (value, spec, op.scope) not in seen:
-                    seen.add((value, spec, op.scope))
-                    yield value, spec, op.scope, op.id
+        ops = self.graph.ops
+        for edge in self.regions.edges:
+            spec, scope = self.operand(edge.op, edge.operand), ops[edge.op].scope
+            if spec != self.home(edge.value) and (edge.value, spec, scope) not in seen:
+                seen.add((edge.value, spec, scope))
+                yield edge.value, spec, scope, edge.op
 
     def collectives(self) -> list[PlannedCollective]:
         """All collectives of a step: reductions of partial sums, and resharding."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 GAP = 1e-3
+"""The share of the optimum within which a solution counts as proved."""
 _WAYS = 256
 """Kept after each decision."""
 _SWEEPS = 30
@@ -133,9 +134,9 @@ class _Frontier:
             open_nodes = {n for b in boundary for n in self.neighbours[b]} & todo or todo
             node = min(open_nodes, key=lambda n: (self._boundary_after(n), n))
             todo.remove(node)
-            self._extend(node)
+            below = self._extended(node)
             boundary = {n for n in (*boundary, node) if self.undecided[n]}
-            self._merge(sorted(boundary))
+            self._merge(node, below, boundary)
         if not len(self.below_s):
             return None, self.dropped_s
         best = int(np.argmin(self.below_s))
@@ -147,42 +148,47 @@ class _Frontier:
         done = [n for n in self.neighbours[node] & self.decided if self.undecided[n] == 1]
         return grows - sum(math.log(len(self.theta[n])) for n in done)
 
-    def _extend(self, node: int) -> None:
-        """Every way with every candidate of a node."""
+    def _extended(self, node: int) -> Floats:
+        """Every way with every candidate of a node: what that can become at least."""
         theta = self.theta[node]
-        below = self.below_s[:, None] + (theta - theta.min())
+        below: Floats = self.below_s[:, None] + (theta - theta.min())
         for pair in self.pairs[node]:
-            own, other = (0, pair.target) if pair.source == node else (1, pair.source)
-            slack = pair.slack if own == 0 else pair.slack.T
-            mine, theirs = (pair.row_of, pair.column_of) if own == 0 else (pair.column_of, pair.row_of)
+            makes = pair.source == node
+            other, slack = (pair.target, pair.slack) if makes else (pair.source, pair.slack.T)
+            own_of, other_of = (pair.row_of, pair.column_of) if makes else (pair.column_of, pair.row_of)
             if other in self.decided:
-                given = slack[:, theirs[self.chosen[:, other]]]
-                below += (given - given.min(axis=0))[mine].T
+                given = slack[:, other_of[self.chosen[:, other]]]
+                below += (given - given.min(axis=0))[own_of].T
             else:
-                below += (slack.min(axis=1) - slack.min())[mine]
+                below += (slack.min(axis=1) - slack.min())[own_of]
         self.decided.add(node)
         for near in self.neighbours[node]:
             self.undecided[near] -= 1
-        way, candidate = (i.ravel() for i in np.indices(below.shape))
-        chosen = self.chosen[way]
-        chosen[:, node] = candidate
-        total = below.ravel()
+        return below
+
+    def _merge(self, node: int, below: Floats, boundary: set[int]) -> None:
+        """Of the ways that agree on the boundary the best goes on; of those the most promising."""
+        way, candidate = np.nonzero(below < self.limit_s)
+
+        def chosen(of: int) -> Ints:
+            return candidate if of == node else self.chosen[way, of]
+
+        total = below[way, candidate]
         for shared in self.shared[node]:
             if shared.members <= self.decided:
                 total = total + shared.unseen(chosen)
-        kept = total < self.limit_s
-        self.chosen, self.below_s = chosen[kept], total[kept]
-
-    def _merge(self, boundary: Sequence[int]) -> None:
-        """Of the ways that agree on the boundary the best; of those the most promising."""
-        order = np.argsort(self.below_s, kind="stable")
-        if len(order):
-            _, first = np.unique(self.chosen[order][:, boundary], axis=0, return_index=True)
-            order = order[np.sort(first)]
+        order = np.argsort(total, kind="stable")
+        order = order[: np.searchsorted(total[order], self.limit_s)]
+        key = np.zeros(len(way), np.int64)
+        for near in boundary:
+            _, key = np.unique(key * len(self.theta[near]) + chosen(near), return_inverse=True)
+        _, first = np.unique(key[order], return_index=True)
+        order = order[np.sort(first)]
         if len(order) > self.most:
-            self.dropped_s = min(self.dropped_s, float(self.below_s[order[self.most]]))
+            self.dropped_s = min(self.dropped_s, float(total[order[self.most]]))
             order = order[: self.most]
-        self.chosen, self.below_s = self.chosen[order], self.below_s[order]
+        self.chosen, self.below_s = self.chosen[way[order]], total[order]
+        self.chosen[:, node] = candidate[order]
 
 
 @dataclass(slots=True)
@@ -195,17 +201,17 @@ class _Shared:
     pairs: list[Pair]
     alone: list[Alone]
 
-    def unseen(self, chosen: Ints) -> Floats:
-        """For each way what the transfer costs more than the shares that its readers pay."""
-        rows = self.transfer.row_of[chosen[:, self.transfer.source]]
-        columns = [c.column_of[chosen[:, c.node]] for c in self.transfer.consumers]
-        total = np.zeros(len(chosen))
+    def unseen(self, chosen: Callable[[int], Ints]) -> Floats:
+        """For each way what the transfer costs more than the shares that its readers pay; `chosen` is of a node."""
+        rows = self.transfer.row_of[chosen(self.transfer.source)]
+        columns = [c.column_of[chosen(c.node)] for c in self.transfer.consumers]
+        total = np.zeros(len(rows))
         for index, column in enumerate(columns):
             again = np.any([column == earlier for earlier in columns[:index]], axis=0)
             total += np.where(again, 0.0, self.seconds[rows, column])
         for pair in self.pairs:
-            total -= pair.share[rows, pair.column_of[chosen[:, pair.target]]]
+            total -= pair.share[rows, pair.column_of[chosen(pair.target)]]
         for alone in self.alone:
-            candidate = chosen[:, alone.node]
+            candidate = chosen(alone.node)
             total -= (self.seconds * alone.portion)[alone.row_of[candidate], alone.column_of[candidate]]
         return total

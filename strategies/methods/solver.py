@@ -1,7 +1,8 @@
-"""The exact solver: dual ascent, what it leaves in doubt as an integer linear program.
+"""The default solver: dual ascent, then decomposition, then an integer linear program, each of what the last left.
 
 The ascent closes the gap of most problems by itself. What is left are the candidates that could still be part of a
-better choice than the best one known: few, so that the program over them is small.
+better choice than the best one known. Dynamic programming over them settles most of the rest, and where it cannot, it
+still raises the bound; a program that is small enough settles what then remains.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import time
 from collections.abc import Sequence
 
 from ffjax.strategies.methods.base import Solution
+from ffjax.strategies.methods.decomposition import GAP, settle
 from ffjax.strategies.methods.dual_ascent import MOST_SWEEPS, Ascent
 from ffjax.strategies.methods.ilp import solve
 from ffjax.strategies.problem import Problem, restrict
 
-GAP = 1e-3
-"""The share of the optimum within which a solution counts as proved."""
 _EXACT_CELLS = 60_000
 """Resharding variables up to which what is left in doubt is solved as an integer linear program."""
 _TIME_LIMIT_S = 20.0
@@ -59,6 +59,8 @@ class Solver:
             ascent.offer(choice)
         ascent.climb(gap, sweeps)
         bound_s, status = ascent.bound_s, "dual ascent"
+        if prove and (ascent.best is None or ascent.best_s - bound_s > gap * ascent.best_s):
+            bound_s, status = settle(ascent, gap), "decomposition"
         if ascent.best is None or (prove and ascent.best_s - bound_s > gap * ascent.best_s):
             enough_s = ascent.best_s * (1 - gap)
             kept = ascent.survivors(enough_s)

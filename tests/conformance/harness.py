@@ -139,7 +139,7 @@ def _check(row: Idiom, strategy: str, mesh: MeshShape, run: bool) -> Outcome:
 
 
 def _warnings(row: Idiom, warned: list[str]) -> str:
-    """`yes` if exactly the expected warning was given; that the batch is not split is always about something real."""
+    """`yes` if exactly the expected warning was given; that the batch is not split is not checked here."""
     others = [w for w in warned if "the batch is not split" not in w]
     if row.warns:
         return "yes" if len(others) == 1 and row.warns in others[0] else f"should warn of {row.warns!r}: {others}"
