@@ -43,7 +43,7 @@ class MoreMemory:
     """What more memory would change, where there is too little for the fastest plan known."""
 
     saved_s_per_gib: float
-    """Of a step, by GiB more on each device: the slope to that plan; where a price on memory found the plan, that price.
+    """Of a step, by GiB more on each device: the slope to that plan, or the price on memory that found this one.
 
     A price is of the sum of costs that was minimised.
     """
