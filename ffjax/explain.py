@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from ffjax.cost.simulation.limits import FasterLink, Limits
 from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.spec import format_spec
 from ffjax.plan import Decision, Placement, Plan
 from ffjax.units import bytes_text, seconds_text
 
-MOST_LINES = 14
+MOST_LINES = 10
 
 
 def explain(plan: Plan, *, details: bool = False) -> str:
@@ -22,12 +23,16 @@ def explain(plan: Plan, *, details: bool = False) -> str:
         f"mesh {plan.mesh_shape}, strategy {plan.strategy}"
         + (f", remat {plan.remat}" if search.remat or plan.remat != AS_WRITTEN else ""),
         f"  step {seconds_text(figures.step_s)} = compute {seconds_text(figures.compute_s)} "
-        f"+ communication {seconds_text(figures.exposed_comm_s)}",
+        f"+ exposed communication {seconds_text(figures.exposed_comm_s)}, "
+        f"of {seconds_text(figures.comm_s)} communication in all",
         f"  peak {bytes_text(figures.peak_bytes)} of {bytes_text(plan.budget_bytes)} per device",
-        f"  found by {search.algorithm} in {search.seconds.get('total', 0.0):.1f}s: "
-        f"bound {seconds_text(search.lower_bound_s)}, gap {search.gap:.2%}, {search.stop}",
+        f"  found by {search.algorithm} in {search.seconds.get('total', 0.0):.1f} s; {search.stop}",
+        f"  bound: no plan on this mesh has a sum of costs (kernels and collectives, as far as they were taken to be "
+        f"exposed) below {seconds_text(search.lower_bound_s)};",
+        f"  gap: so at most {search.gap:.2%} of this plan's sum can be gained there",
         *([f"  measured costs from {plan.profile}"] if plan.profile else []),
         *([f"  seconds are {_shares(figures.sources)}"] if plan.profile or details else []),
+        *([] if plan.limits is None else ["", *_limits(plan, plan.limits)]),
         "",
         "collectives of one step, per device",
     ]
@@ -40,14 +45,17 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     )
     lines += ["", "arguments"]
     lines += table([(path, count, spec) for path, count, spec in _collapsed(plan.args)][:limit], empty="none")
-    lines += ["", "what costs most, and the runner-up (all members of a family together)"]
     hot = sorted(plan.decisions, key=lambda d: -d.seconds)
+    lines += [
+        "",
+        "what costs most, and the runner-up: what it would add to the step (all members of a family together)",
+    ]
     lines += table(
         [
             (seconds_text(d.seconds), f"{d.members} x", _split(d), d.what, short_source(d.where), _runner_up(d))
-            for d in hot[:limit]
+            for d in ([d for d in hot if d.runner_up or details][:limit])
         ],
-        empty="nothing",
+        empty="nothing has another way",
     )
     close = sorted((d for d in plan.decisions if d.runner_up), key=lambda d: d.runner_up_extra_s)
     if details:
@@ -95,6 +103,47 @@ def explain(plan: Plan, *, details: bool = False) -> str:
             empty="none",
         )
     return "\n".join(lines) + "\n"
+
+
+def _limits(plan: Plan, limits: Limits) -> list[str]:
+    """The busiest stream, and what a faster network or more memory would change."""
+    faster = {link.link: link for link in limits.links}
+    rows = []
+    for s in limits.streams:
+        link = faster.get(s.stream)
+        saved = "" if link is None else _saved(link)
+        exposed = f"{seconds_text(s.exposed_s)} exposed" if link is not None else ""
+        rows.append(
+            (
+                s.stream,
+                f"{seconds_text(s.busy_s)} busy",
+                exposed,
+                saved,
+                "<- bottleneck" * (s.stream == limits.bottleneck),
+            )
+        )
+    if limits.memory is None:
+        more = "more would change nothing that is known"
+    else:
+        m = limits.memory
+        more = (
+            f"binds: at the margin a GiB more on each device is worth {seconds_text(m.saved_s_per_gib)} of a "
+            f"step; with {bytes_text(m.peak_bytes)} it would take {seconds_text(m.step_s)}"
+        )
+    return [
+        "what the step waits for, per device, and what more of it would save (this plan, simulated again)",
+        *table(rows, empty="nothing"),
+        f"  memory: {bytes_text(plan.budget_bytes)}; {more}",
+    ]
+
+
+def _saved(link: FasterLink) -> str:
+    tenth, twice = (_or_nothing(s) for s in (link.saved_by_tenth_s, link.saved_by_twice_s))
+    return f"10% faster: {tenth}, twice as fast: {twice}"
+
+
+def _or_nothing(saved_s: float) -> str:
+    return "nothing" if abs(saved_s) < 1e-9 else f"{seconds_text(-saved_s)}"
 
 
 def diff(a: Plan, b: Plan) -> str:

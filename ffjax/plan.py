@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.estimate import Estimate
+from ffjax.cost.simulation.limits import Limits
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import PlanError, PlanMismatch
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ffjax.verifying import Verification
 
 FORMAT = 1
-_LATER = {"later": True}
+_LATER = {"optional": True}
 """Of fields that the format gained: texts from before lack them."""
 
 
@@ -156,6 +157,8 @@ class Plan:
     """The measurements that it was priced by: name and hash; empty if none were."""
     remat: str = field(default=AS_WRITTEN, metadata=_LATER)
     """The policy that its program's `jax.checkpoint` regions were traced under."""
+    limits: Limits | None = field(default=None, metadata=_LATER)
+    """What holds the step back; None in plans that were saved before this was known."""
     layout: Layout | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
     """The plan on its program; None for a loaded plan that is not bound yet."""
     described: Cluster | None = field(default=None, compare=False, repr=False, metadata={"plain": False})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout
-from ffjax.ir.regions import Regions, find_regions
+from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import Spec, format_spec
 from ffjax.ir.trace import Program
 from ffjax.pins import check_pins, keep_pins, pin_marks
@@ -136,78 +135,126 @@ def plan_program(
 
     `others` are the same step under other policies of its `jax.checkpoint` regions: the fastest of all wins.
     """
-    cluster = cluster_of(cluster)
     if verify not in (NEVER, FINALISTS):
         raise PlanError(
             f"verify={verify!r} is no way to verify. Remedy: {NEVER!r}, or {FINALISTS!r} to compile the best."
         )
-    budget = float(cluster.device.memory_bytes if memory is None else parse_bytes(memory))
-    meshes = None if mesh is None else [mesh_of(mesh, cluster)]
-    seconds = {"trace": trace_s}
     programs = (program, *others)
-
-    def searched(program: Program, regions: Regions, index: int, budget_bytes: float) -> SearchResult:
-        try:
-            result = search(
-                regions,
-                cluster,
-                budget_bytes=budget_bytes,
-                strategy=strategy,
-                meshes=meshes,
-                keep=keep_pins(regions, pins or {}),
-                marks=pin_marks(regions, pins or {}),
-                progress=_part(progress, index, programs),
-            )
-        except ValueError as error:
-            raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
-        for phase, spent in result.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
-        return result
-
     variants: dict[object, _Variant] = {}
     for index, each in enumerate(programs):
-        began = time.perf_counter()
-        regions = find_regions(build_graph(each))
-        if pins:
-            check_pins(regions, pins, meshes or cluster.mesh_shapes(max_axes=MOST_AXES))
-        key = fingerprint(regions) if others else None
-        seconds["rules"] = seconds.get("rules", 0.0) + time.perf_counter() - began
+        asked = ProgramSearch(
+            each,
+            cluster=cluster,
+            memory=memory,
+            strategy=strategy,
+            mesh=mesh,
+            pins=pins,
+            progress=_part(progress, index, programs),
+            trace_s=0.0 if index else trace_s,
+        )
+        key = fingerprint(asked.regions) if others else None
         if key not in variants:
-            again = functools.partial(searched, each, regions, index)
-            variants[key] = _Variant(each, regions, again(budget), again)
-
-    def reported(variant: _Variant, result: SearchResult, found: Found) -> Plan:
-        made = plan_of(variant.program, variant.regions, cluster, result, found, budget, strategy, pins or {}, seconds)
-        rows = _rows(variants.values()) if len(variants) > 1 else ()
-        return dataclasses.replace(made, search=dataclasses.replace(made.search, remat=rows))
-
-    def settled(variant: _Variant) -> Plan:
-        report = functools.partial(reported, variant)
-        return settle(variant.result, cluster, budget, variant.search, report, seconds, progress)
-
+            variants[key] = _Variant(asked, asked.search(asked.budget_bytes))
     ranked = sorted(variants.values(), key=_Variant.rank)
     best = ranked[0]
     if not best.result.best.fits:
-        raise over_budget(best.result, budget, cluster, retrace=program.checkpoints and not others)
-    warn_if_batch_is_whole(best.regions, best.result)
+        retrace = program.checkpoints and not others
+        raise over_budget(best.result, best.asked.budget_bytes, best.asked.cluster, retrace=retrace)
+    warn_if_batch_is_whole(best.asked.regions, best.result)
+    seconds: dict[str, float] = {}
+    for variant in ranked:
+        for phase, spent in variant.asked.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    for variant in ranked:
+        variant.asked.seconds = seconds
+    rows = _rows(ranked) if len(ranked) > 1 else ()
     if verify == NEVER:
-        return reported(best, best.result, best.result.best)
-    return _fastest_compiled([functools.partial(settled, v) for v in ranked if v.result.best.fits])
+        return _with_rows(best.asked.plan(best.result, best.result.best), rows)
+    return _with_rows(_fastest_compiled([v.settled for v in ranked if v.result.best.fits]), rows)
+
+
+class ProgramSearch:
+    """What is asked of one program, checked; see `plan`. Searches share its analysis."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        cluster: Cluster | None = None,
+        memory: str | float | None = None,
+        strategy: str = AUTO,
+        mesh: Mapping[str, int] | None = None,
+        pins: Pins | None = None,
+        progress: Progress | None = None,
+        trace_s: float = 0.0,
+    ) -> None:
+        began = time.perf_counter()
+        self.program, self.strategy, self.pins, self.progress = program, strategy, pins or {}, progress
+        self.cluster = cluster_of(cluster)
+        self.budget_bytes = float(self.cluster.device.memory_bytes if memory is None else parse_bytes(memory))
+        self.meshes = None if mesh is None else [mesh_of(mesh, self.cluster)]
+        self.regions = find_regions(build_graph(program))
+        if self.pins:
+            check_pins(self.regions, self.pins, self.meshes or self.cluster.mesh_shapes(max_axes=MOST_AXES))
+        self.seconds = {"trace": trace_s, "rules": time.perf_counter() - began}
+        """Where the time went, all searches together."""
+
+    def search(self, budget_bytes: float) -> SearchResult:
+        """Searches within a budget; raises PlanError or PinError where there is nothing to search."""
+        try:
+            result = search(
+                self.regions,
+                self.cluster,
+                budget_bytes=budget_bytes,
+                strategy=self.strategy,
+                meshes=self.meshes,
+                keep=keep_pins(self.regions, self.pins),
+                marks=pin_marks(self.regions, self.pins),
+                progress=self.progress,
+            )
+        except ValueError as error:
+            raise (PinError if self.pins else PlanError)(f"{self.program.name}: {error}") from error
+        for phase, spent in result.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+        return result
+
+    def plan(self, result: SearchResult, found: Found) -> Plan:
+        """One of a search's findings as a plan."""
+        return plan_of(
+            self.program,
+            self.regions,
+            self.cluster,
+            result,
+            found,
+            self.budget_bytes,
+            self.strategy,
+            self.pins,
+            self.seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """A program, what its search found, and how to search it again within other memory."""
+    """A program under one policy, and what its search found."""
 
-    program: Program
-    regions: Regions
+    asked: ProgramSearch
     result: SearchResult
-    search: Callable[[float], SearchResult]
 
     def rank(self) -> tuple[bool, float]:
         """Those that fit first, by their seconds; then by how little is missing."""
         best = self.result.best
         return (not best.fits, best.predicted_s if best.fits else best.peak.bytes)
+
+    def settled(self) -> Plan:
+        """The best by compiling."""
+        asked = self.asked
+        return settle(
+            self.result, asked.cluster, asked.budget_bytes, asked.search, asked.plan, asked.seconds, asked.progress
+        )
+
+
+def _with_rows(plan: Plan, rows: tuple[RematVariant, ...]) -> Plan:
+    return dataclasses.replace(plan, search=dataclasses.replace(plan.search, remat=rows))
 
 
 def _part(progress: Progress | None, index: int, programs: Sequence[Program]) -> Progress | None:
@@ -220,7 +267,7 @@ def _part(progress: Progress | None, index: int, programs: Sequence[Program]) ->
 def _rows(variants: Iterable[_Variant]) -> tuple[RematVariant, ...]:
     return tuple(
         RematVariant(
-            policy=v.program.remat,
+            policy=v.asked.program.remat,
             strategy=v.result.best.strategy,
             mesh=str(v.result.best.mesh),
             step_s=v.result.best.predicted_s,
