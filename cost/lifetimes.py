@@ -10,7 +10,7 @@ ops, and what is fused, are the compiler's (`ffjax.cost.compilers`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ffjax.cost.buffers import buffered, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
 from ffjax.cost.merged_remat import merge_remat
+from ffjax.cost.moves import Move
 from ffjax.cost.order import as_written, from_the_end, scope_spans
 from ffjax.ir.graph import NO_VALUE, Graph
 
@@ -40,6 +41,10 @@ class Lifetimes:
     last: NDArray[np.int64]
     new_results: NDArray[np.int64]
     """Values that become results in buffers of their own."""
+    sums: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """For values whose partial sums are reduced when that starts and ends: how many ops have run by then."""
+    copies: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    """For what is read resharded, by value and reader, when that starts and ends."""
 
     def bytes(self) -> NDArray[np.float64]:
         """For each value, unsharded, what it takes in memory: temporaries leave gaps between them."""
@@ -51,33 +56,11 @@ class Lifetimes:
             taken[value] = self.graph.values[value].bytes
         return taken
 
-    def flushed(self, sums: Sequence[int], devices: int) -> NDArray[np.int64]:
-        """Until when partial sums are in memory, where they are scattered: reduce-scatters are combined.
-
-        Args:
-          sums: values, each the one result of an op that may leave partial sums.
-          devices: over how many of them a sum is scattered.
-        """
-        graph = self.graph
-        readers = np.full(len(graph.values), len(graph.ops), dtype=np.int64)
-        for op in graph.ops:
-            for value in op.operands:
-                if value != NO_VALUE:
-                    readers[value] = min(readers[value], self.when[op.id])
-        flushed = np.zeros(len(graph.values), dtype=np.int64)
-        made = {v: int(self.when[graph.values[v].producer]) for v in sums}
-        group: list[int] = []
-        size, needed, scope = 0.0, 0, -1
-        for value in sorted(made, key=lambda v: made[v]):
-            share = graph.values[value].bytes / devices
-            own_scope = graph.values[value].scope
-            if size + share > self.compiler.combined_bytes or made[value] >= needed or scope != own_scope:
-                group, size, needed, scope = [], 0.0, len(graph.ops), own_scope
-            group.append(value)
-            size += share
-            needed = min(needed, int(readers[value]))
-            flushed[group] = made[value]
-        return flushed
+    def summing(self, value: int, *, scattered: bool) -> tuple[int, int]:
+        """From when to when a value's partial sums are in memory beside the value."""
+        made = int(self.when[self.graph.values[value].producer])
+        start, end = self.sums.get(value, (made + 1, made + 1))
+        return made if scattered else max(made, start - 1), max(made, end - 1)
 
     @property
     def op_at(self) -> NDArray[np.int64]:
@@ -85,14 +68,24 @@ class Lifetimes:
         return np.argsort(self.when)
 
 
-def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
-    """When each value is in memory under a compiler's schedule."""
+def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[Move] = ()) -> Lifetimes:
+    """When each value is in memory under a compiler's schedule, `moves` being the collectives that it looks at."""
     end = len(graph.ops)
     if compiler.merges_remat:
         graph = merge_remat(graph)
     maps = mapping_ops(graph)
     in_memory = buffered(graph, compiler, maps)
-    runs = from_the_end(graph, in_memory) if compiler.runs_late else as_written(graph)
+    if compiler.runs_late:
+        runs, under_way = from_the_end(graph, in_memory, moves)
+    else:
+        runs, under_way = as_written(graph), np.zeros((0, 2), dtype=np.int64)
+    sums: dict[int, tuple[int, int]] = {}
+    copies: dict[tuple[int, int], tuple[int, int]] = {}
+    for move, (start, done) in zip(moves, under_way.tolist(), strict=False):
+        if done >= 0 and move.readers:
+            copies.update(dict.fromkeys(move.readers, (start, done)))
+        elif done >= 0:
+            sums.update(dict.fromkeys(move.values, (start, done)))
     spans = scope_spans(graph)
     loop_end = [int(runs[first : last + 1].max(initial=-1)) for first, last in spans]
     loop_start = [int(runs[first : last + 1].min(initial=end)) for first, last in spans]
@@ -158,6 +151,8 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
         first=np.array(first, dtype=np.int64),
         last=np.array(last, dtype=np.int64),
         new_results=np.array(new_results, dtype=np.int64),
+        sums=sums,
+        copies=copies,
     )
 
 

@@ -13,13 +13,14 @@ waited for.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ffjax.cost.latency_hiding import Node, schedule
+from ffjax.cost.moves import Move
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.op_kinds import is_light, is_reduction
 
@@ -29,12 +30,18 @@ def as_written(graph: Graph) -> NDArray[np.int64]:
     return np.arange(len(graph.ops), dtype=np.int64)
 
 
-def from_the_end(graph: Graph, in_memory: Sequence[bool]) -> NDArray[np.int64]:
-    """For each op when it runs under the latency-hiding scheduler.
+def from_the_end(
+    graph: Graph, in_memory: Sequence[bool], moves: Sequence[Move] = ()
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each op when it runs under the latency-hiding scheduler, and from when to when each collective is under way.
 
     Args:
       graph: the program.
       in_memory: for each value whether a kernel leaves it there; an op that makes no such value runs in its readers'.
+      moves: the collectives; those of values that no kernel waits for take no time.
+
+    Returns:
+      The instants of the ops, [ops], and of the collectives, [moves, 2]: how many ops run before the start and the end.
     """
     inside: dict[tuple[int, int], list[_Span]] = {}
     spans = scope_spans(graph)
@@ -53,20 +60,24 @@ def from_the_end(graph: Graph, in_memory: Sequence[bool]) -> NDArray[np.int64]:
         or (not _crosses_remat(graph, op) and any(in_memory[v] or not graph.values[v].shape for v in op.results))
         for op in graph.ops
     ]
-    order = _schedule(graph, kernel, inside, _Span(0, len(graph.ops) - 1, (0,)))
-    when = np.empty(len(graph.ops), dtype=np.int64)
-    when[order] = np.arange(len(graph.ops))
-    return when
+    sums = {v: i for i, move in enumerate(moves) if not move.readers for v in move.values}
+    copies = {(v, op): i for i, move in enumerate(moves) for v, op in move.readers}
+    body = _Bodies(graph=graph, kernel=kernel, inside=inside, moves=moves, sums=sums, copies=copies)
+    when = np.full(len(graph.ops), -1, dtype=np.int64)
+    under_way = np.full((len(moves), 2), -1, dtype=np.int64)
+    at = 0
+    for item in body.schedule(_Span(0, len(graph.ops) - 1, (0,))):
+        if item >= 0:
+            when[item] = at
+            at += 1
+        else:
+            under_way[divmod(~item, 2)] = at
+    return when, under_way
 
 
 def _crosses_remat(graph: Graph, op: Op) -> bool:
     inside = graph.values[op.results[0]].scope if op.kind == "enter" else op.scope
     return op.kind in ("enter", "exit") and graph.scopes[inside].kind == "remat"
-
-
-_PICKS_IN_A_STALL = 3
-"""How many ops that wait go before one that only just became possible. The scheduler lets one go first; but an op here
-is about three kernels there, with the layout changes around it and the second half of a split reduction. Calibrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,109 +89,133 @@ class _Span:
     scopes: tuple[int, ...]
 
 
-def _schedule(
-    graph: Graph, kernel: Sequence[bool], inside: dict[tuple[int, int], list[_Span]], span: _Span
-) -> list[int]:
-    """The ops of one body in the order in which they run. A loop inside it is one step; what enters comes first."""
-    # Arguments are there from the start, and so is what enters a body.
-    border = set(graph.arguments if span.scopes == (0,) else (op for s in span.scopes for op in graph.scopes[s].enter))
-    steps: list[list[int]] = []
-    step_of: dict[int, int] = {}
-    at = span.first
-    while at <= span.last:
-        bodies = next((inside[s, at] for s in span.scopes if (s, at) in inside), [])
-        ops = [op for body in bodies for op in _schedule(graph, kernel, inside, body)] or [at]
-        step_of.update(dict.fromkeys(ops, len(steps)))
-        steps.append(ops)
-        at += len(ops)
-    entering = {step_of[op] for op in border}
-    outside = entering | {-1}
-    makers: list[tuple[int, ...]] = []
-    for index, ops in enumerate(steps):
-        values = (v for op in ops for v in graph.ops[op].operands if v != NO_VALUE)
-        read = dict.fromkeys(step_of.get(graph.values[v].producer, -1) for v in values)
-        makers.append(tuple(m for m in read if m not in outside and m != index))
-    single = [graph.ops[ops[0]] if len(ops) == 1 else None for ops in steps]
-    reduces = [op is not None and is_reduction(op) for op in single]
-    runs = [i not in entering and (op is None or (kernel[op.id] and not reduces[i])) for i, op in enumerate(single)]
-    # What is fused runs in the kernels that read it: those wait for what it reads.
-    nothing = frozenset[int]()
-    reads: list[frozenset[int]] = []
-    own: list[frozenset[int]] = []  # what a step adds to those that read it
-    for index, made in enumerate(makers):
-        reads.append(own[made[0]] if len(made) == 1 else nothing.union(*(own[m] for m in made)))
-        own.append(frozenset((index,)) if runs[index] else reads[index])
-    order = _from_the_end(
-        [of if run else nothing for of, run in zip(reads, runs, strict=True)], runs, _tail(single, makers)
-    )
-    full = _with_fused(order, makers, runs, [of if r else nothing for of, r in zip(reads, reduces, strict=True)])
-    unread = sorted(set(range(len(steps))) - entering - set(full))
-    return [op for step in [*sorted(entering), *full, *unread] for op in steps[step]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bodies:
+    """The program and its collectives: `sums` by value, `copies` by value and the op that reads it."""
 
+    graph: Graph
+    kernel: Sequence[bool]
+    inside: dict[tuple[int, int], list[_Span]]
+    moves: Sequence[Move]
+    sums: dict[int, int]
+    copies: dict[tuple[int, int], int]
 
-def _tail(single: Sequence[Op | None], makers: Sequence[tuple[int, ...]]) -> list[bool]:
-    """For each step whether after it, too, all is elementwise: the optimizer's updates.
+    def schedule(self, span: _Span) -> list[int]:
+        """The ops of one body in the order in which they run, and ~(2 * move) where it starts, one less where it ends.
 
-    What they read has been summed over devices in few large collectives; all of them wait for those.
-    """
-    late = [True] * len(single)
-    for index in range(len(single) - 1, -1, -1):
-        op = single[index]
-        late[index] = late[index] and op is not None and (not op.results or is_light(op))
-        if not late[index]:
-            for maker in makers[index]:
-                late[maker] = False
-    return late
+        A loop inside it is one step; what enters comes first.
+        """
+        graph = self.graph
+        # Arguments are there from the start, and so is what enters a body.
+        border = set(
+            graph.arguments if span.scopes == (0,) else (op for s in span.scopes for op in graph.scopes[s].enter)
+        )
+        steps: list[list[int]] = []
+        step_of: dict[int, int] = {}
+        at = span.first
+        while at <= span.last:
+            bodies = next((self.inside[s, at] for s in span.scopes if (s, at) in self.inside), [])
+            items = [item for body in bodies for item in self.schedule(body)] or [at]
+            ops = [item for item in items if item >= 0]
+            step_of.update(dict.fromkeys(ops, len(steps)))
+            steps.append(items)
+            at += len(ops)
+        entering = {step_of[op] for op in border}
+        outside = entering | {-1}
+        count = len(steps)
+        first = {op: i for i, items in enumerate(steps) for op in items if op >= 0}
+        waits: dict[int, list[int]] = {}  # the moves that this body waits for: what they read
+        positions: dict[int, float] = {}
+        makers: list[tuple[int, ...]] = []
 
+        def source(value: int, reader: int) -> int:
+            """The step that makes what is read, or the end of its collective."""
+            made = first.get(graph.values[value].producer, -1)
+            copied, summed = self.copies.get((value, reader)), self.sums.get(value)
+            if summed is not None and made not in outside:
+                wait(summed)
+                made = count + 2 * summed + 1
+            if copied is not None and made != -1:
+                wait(copied)
+                made = count + 2 * copied + 1
+            return made
 
-def _from_the_end(reads: Sequence[frozenset[int]], runs: Sequence[bool], late: Sequence[bool]) -> list[int]:
-    """The kernels in order. `reads`: for each the kernels whose results it reads; `late` ones run after all others."""
-    waiting = [0] * len(reads)
-    last_reader = [0] * len(reads)  # the sum of the readers that have not run: with one left, that one
-    for reader, made in enumerate(reads):
-        for maker in made:
-            waiting[maker] += 1
-            last_reader[maker] += reader
-    frees = [sum(waiting[m] == 1 for m in made) for made in reads]
+        def wait(move: int) -> None:
+            if move in waits:
+                return
+            waits[move] = []
+            made = []
+            for value in self.moves[move].values:
+                step = first.get(graph.values[value].producer, -1)
+                if self.moves[move].readers and value in self.sums and step not in outside:
+                    wait(self.sums[value])
+                    step = count + 2 * self.sums[value] + 1
+                made.append(step)
+            waits[move] = [m for m in dict.fromkeys(made) if m not in outside]
 
-    def entry(k: int) -> tuple[bool, int, int]:
-        return (not late[k], -frees[k], -k)
+        for index, items in enumerate(steps):
+            ops = [item for item in items if item >= 0]
+            read = dict.fromkeys(
+                source(v, op)
+                for op in ops
+                for v in graph.ops[op].operands
+                if v != NO_VALUE and first.get(graph.values[v].producer, -1) != index and index not in entering
+            )
+            makers.append(tuple(m for m in read if m not in outside))
+            for m in read:
+                if m >= count:
+                    positions.setdefault((m - count) // 2, index - 0.5)
+        single = [graph.ops[items[0]] if len(items) == 1 else None for items in steps]
+        reduces = [op is not None and is_reduction(op) for op in single]
+        runs = [i not in entering and (op is None or (self.kernel[op.id] and not reduces[i])) for i, op in enumerate(single)]
+        # What is fused runs in the kernels that read it: those wait for what it reads.
+        total = count + 2 * len(self.moves)
+        reads: list[frozenset[int]] = [frozenset()] * total
+        own: list[frozenset[int] | None] = [None] * total  # what a step adds to those that read it
 
-    queue = [entry(k) for k, runs_ in enumerate(runs) if runs_ and not waiting[k]]
-    heapq.heapify(queue)
-    done = [False] * len(reads)
-    fresh: list[int] = []
-    picks = 0
-    backwards: list[int] = []
-    while queue or fresh:
-        if not queue:
-            queue, fresh = [entry(k) for k in fresh], []
-            heapq.heapify(queue)
-        _, score, negative = heapq.heappop(queue)
-        taken = -negative
-        if done[taken] or -score != frees[taken]:
-            continue
-        done[taken] = True
-        backwards.append(taken)
-        picks += 1
-        if picks >= _PICKS_IN_A_STALL:
-            for k in fresh:
-                heapq.heappush(queue, entry(k))
-            fresh = []
-            picks = 0
-        for maker in reads[taken]:
-            waiting[maker] -= 1
-            last_reader[maker] -= taken
-            if waiting[maker] == 0 and late[maker]:
-                heapq.heappush(queue, entry(maker))
-            elif waiting[maker] == 0:
-                fresh.append(maker)
-            elif waiting[maker] == 1:
-                reader = last_reader[maker]
-                frees[reader] += 1
-                if not waiting[reader]:
-                    heapq.heappush(queue, entry(reader))
-    return backwards[::-1]
+        def add(index: int) -> frozenset[int]:
+            found = own[index]
+            if found is None and index >= count:
+                reads[index - 1] = frozenset[int]().union(*(add(m) for m in waits[(index - count) // 2]))
+                reads[index] = frozenset((index - 1,))
+                found = own[index] = frozenset((index,))
+            elif found is None:
+                made = makers[index]
+                reads[index] = add(made[0]) if len(made) == 1 else frozenset[int]().union(*(add(m) for m in made))
+                found = own[index] = frozenset((index,)) if runs[index] else reads[index]
+            return found
+
+        for index in range(count):
+            add(index)
+        kernels = [i for i in range(count) if runs[i]]
+        for move in waits:
+            if own[count + 2 * move + 1] is not None:
+                kernels += (count + 2 * move, count + 2 * move + 1)
+        numbered = {k: n for n, k in enumerate(kernels)}
+        nodes = []
+        for k in kernels:
+            needed = frozenset(numbered[m] for m in reads[k])
+            if k < count:
+                op = single[k]
+                loop = op is not None and is_light(op)
+                nodes.append(Node(float(k), needed, 1000.0 if loop else 1.0))
+            else:
+                move, end = divmod(k - count, 2)
+                made_at = max((m for m in waits[move] if m < count), default=-1)
+                position = positions.get(move, made_at + 0.5) if self.moves[move].readers else made_at + 0.5
+                nodes.append(Node(position + 0.1 * end, needed, 1.0, numbered[k - 1] if end else -1))
+        order = [kernels[n] for n in schedule(nodes)]
+        extended = [*makers, *(() for _ in range(2 * len(self.moves)))]
+        for move, made in waits.items():
+            extended[count + 2 * move] = tuple(m for m in made if m < count)
+        running = [*runs, *(True for _ in range(2 * len(self.moves)))]
+        late = [reads[i] if r else frozenset[int]() for i, r in enumerate(reduces)]
+        full = _with_fused(order, extended, running, late)
+        unread = sorted(set(range(count)) - entering - set(full))
+        result = [item for step in [*sorted(entering)] for item in steps[step]]
+        for step in [*full, *unread]:
+            result += steps[step] if step < count else [~(step - count)]
+        return result
 
 
 def _with_fused(
