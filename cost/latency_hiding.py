@@ -23,7 +23,8 @@ _LATENCY = 5000.0
 """From a collective's start to its end, in the scheduler's units."""
 _LOOP = 1000.0
 """What an elementwise kernel takes there; all others take 1, matmuls as Triton fusions too."""
-_STALL = 1.0
+import os
+_STALL = float(os.environ.get("STALL", "1"))
 
 
 class Node:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ffjax.cost.compilers import Compiler
-from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.graph import NO_VALUE
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import Spec, shard_count
 
@@ -28,66 +28,54 @@ class _Group:
     values: list[int]
     readers: list[tuple[int, int]]
     bytes: float
-    needed: int
 
 
 def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
     """The collectives of a layout, merged as the compiler does."""
-    graph = layout.graph
+    graph, regions = layout.graph, layout.regions
     made: list[_Group] = []
-    first_reader = _first_readers(graph)
-    open_groups: dict[tuple[object, ...], _Group] = {}
-    for op in graph.ops:
-        axes = layout.partial_axes(op.id)
-        for value in op.results if axes else ():
-            entry = graph.values[value]
-            home = layout.home(value)
-            size = entry.bytes / shard_count(home, layout.mesh)
-            key = (axes, home != layout.partial(value), entry.dtype, entry.scope)
-            group = open_groups.get(key) if layout.regions.merged_sums[value] else None
-            if group is not None and op.id < group.needed and group.bytes + size <= compiler.combined_bytes:
-                group.values.append(value)
-                group.bytes += size
-                group.needed = min(group.needed, first_reader[value])
-                continue
-            group = _Group([value], [], size, first_reader[value])
+    groups: dict[tuple[object, ...], _Group] = {}
+
+    def add(key: tuple[object, ...], value: int, readers: list[tuple[int, int]], pieces: int) -> None:
+        size = graph.values[value].bytes / pieces
+        key = (*key, bool(readers), graph.values[value].dtype, graph.values[value].scope)
+        group = groups.get(key)
+        if group is None or group.bytes + size > compiler.combined_bytes:
+            group = groups[key] = _Group([], [], 0.0)
             made.append(group)
-            if layout.regions.merged_sums[value]:
-                open_groups[key] = group
-    reads: dict[tuple[int, Spec, int], list[int]] = {}
+        group.values.append(value)
+        group.readers += readers
+        group.bytes += size
+
+    # Collectives of one level, how many come before them at most, do not wait for each other.
+    level = [0] * len(graph.values)
+    merged_level = [0] * len(graph.values)
+    read: dict[tuple[int, Spec, int], tuple[tuple[int, int], list[int]]] = {}
     for op in graph.ops:
+        above, merged_above = 0, 0
         for index, value in enumerate(op.operands):
-            if value == NO_VALUE or graph.values[value].constant or not graph.values[value].shape:
+            if value == NO_VALUE:
+                continue
+            above, merged_above = max(above, level[value]), max(merged_above, merged_level[value])
+            if graph.values[value].constant or not graph.values[value].shape:
                 continue
             spec = layout.operand(op.id, index)
-            if spec != layout.home(value):
-                reads.setdefault((value, spec, op.scope), []).append(op.id)
-    copies: dict[tuple[object, ...], _Group] = {}
-    for (value, spec, scope), ops in reads.items():
-        way = [hop.step for hop in layout.way(value, spec) if hop.step is not None]
-        if not way:
-            continue
-        merged = layout.regions.merged_copies[value]
-        size = graph.values[value].bytes / shard_count(spec, layout.mesh)
-        key = (way[0][0], way[0][1], graph.values[value].dtype, scope)
-        group = copies.get(key) if merged else None
-        readers = [(value, op) for op in ops]
-        if group is not None and group.bytes + size <= compiler.combined_bytes:
-            group.values.append(value)
-            group.readers += readers
-            group.bytes += size
-            continue
-        group = _Group([value], readers, size, 0)
-        made.append(group)
-        if merged:
-            copies[key] = group
+            if spec != layout.home(value) and any(hop.step is not None for hop in layout.way(value, spec)):
+                at, ops = read.setdefault((value, spec, op.scope), ((merged_level[value], level[value]), []))
+                ops.append(op.id)
+                above = max(above, at[1] + 1)
+        axes = layout.partial_axes(op.id)
+        for value in op.results:
+            level[value], merged_level[value] = above, merged_above
+            if axes:
+                merged = regions.merged_sums[value]
+                home = layout.home(value)
+                key = (axes, home != layout.partial(value), merged, merged_above if merged else above)
+                add(key, value, [], shard_count(home, layout.mesh))
+                merged_level[value] += merged
+                level[value] += 1
+    for (value, spec, scope), (at, ops) in read.items():
+        first = next(hop.step for hop in layout.way(value, spec) if hop.step is not None)
+        key = (first[0], first[1], scope, None if regions.merged_copies[value] else at)
+        add(key, value, [(value, op) for op in ops], shard_count(spec, layout.mesh))
     return [Move(values=tuple(g.values), readers=tuple(g.readers)) for g in made]
-
-
-def _first_readers(graph: Graph) -> list[int]:
-    first = [len(graph.ops)] * len(graph.values)
-    for op in graph.ops:
-        for value in op.operands:
-            if value != NO_VALUE:
-                first[value] = min(first[value], op.id)
-    return first

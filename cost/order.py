@@ -89,6 +89,14 @@ class _Span:
     scopes: tuple[int, ...]
 
 
+def _in_rows(graph: Graph, op: Op) -> bool:
+    """Whether a reduction runs over the last dimensions alone: one pass is enough."""
+    if op.eqn is None or "axes" not in op.eqn.params:
+        return True
+    rank, axes = len(graph.values[op.operands[0]].shape), op.eqn.params["axes"]
+    return sorted(axes) == list(range(rank - len(axes), rank)) and len(axes) < rank
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bodies:
     """The program and its collectives: `sums` by value, `copies` by value and the op that reads it."""
@@ -169,9 +177,16 @@ class _Bodies:
         reduces = [op is not None and is_reduction(op) for op in single]
         runs = [i not in entering and (op is None or (self.kernel[op.id] and not reduces[i])) for i, op in enumerate(single)]
         # What is fused runs in the kernels that read it: those wait for what it reads.
-        total = count + 2 * len(self.moves)
+        two = [op is not None and reduces[i] and not _in_rows(graph, op) for i, op in enumerate(single)]
+        total = 2 * count + 2 * len(self.moves)
         reads: list[frozenset[int]] = [frozenset()] * total
         own: list[frozenset[int] | None] = [None] * total  # what a step adds to those that read it
+
+        def same_size(a: int, b: int) -> bool:
+            one, other = single[a], single[b]
+            if one is None or other is None or not one.results or not other.results:
+                return False
+            return graph.values[one.results[0]].shape == graph.values[other.results[0]].shape
 
         def add(index: int) -> frozenset[int]:
             found = own[index]
@@ -183,33 +198,62 @@ class _Bodies:
                 made = makers[index]
                 reads[index] = add(made[0]) if len(made) == 1 else frozenset[int]().union(*(add(m) for m in made))
                 found = own[index] = frozenset((index,)) if runs[index] else reads[index]
+                if two[index]:
+                    later = count + 2 * len(self.moves) + index
+                    reads[later] = found
+                    found = own[index] = frozenset((later,))
             return found
 
         for index in range(count):
             add(index)
-        kernels = [i for i in range(count) if runs[i]]
-        for move in waits:
-            if own[count + 2 * move + 1] is not None:
-                kernels += (count + 2 * move, count + 2 * move + 1)
-        numbered = {k: n for n, k in enumerate(kernels)}
+        used = [move for move in waits if own[count + 2 * move + 1] is not None]
+        second = {  # the second halves of reductions that do not end in one pass
+            count + 2 * len(self.moves) + i: i for i in range(count) if two[i] and own[i] is not None
+        }
+        light = [op is not None and is_light(op) for op in single]
+        group = list(range(total))
+        begins = [float(i) for i in range(total)]
+        for move in used:
+            made_at = max((max((begins[m] for m in reads[count + 2 * move]), default=-1.0), -1.0)) + 0.5
+            begins[count + 2 * move] = begins[count + 2 * move + 1] = made_at
+        for k, i in second.items():
+            begins[k] = i + 0.5
+        members: dict[int, list[int]] = {}
+        reducing = set().union(*(reads[i] for i in range(count) if reduces[i] and not two[i]), *(reads[k] for k in second))
+        for k in range(count):
+            if not runs[k]:
+                continue
+            joined = max((group[m] for m in reads[k] if m < count), key=lambda m: begins[m], default=-1)
+            fits = joined >= 0 and light[k] and light[joined] and same_size(joined, k)
+            if fits and all(group[m] == joined or begins[m] < begins[joined] for m in reads[k]):
+                group[k] = joined
+                members[joined].append(k)
+            else:
+                members[k] = [k]
+        heads = [*members, *(count + 2 * m + e for m in used for e in (0, 1)), *second]
+        numbered = {k: n for n, k in enumerate(heads)}
         nodes = []
-        for k in kernels:
-            needed = frozenset(numbered[m] for m in reads[k])
+        for k in heads:
+            own_members = members.get(k, [k])
+            needed = frozenset(
+                numbered[group[m]] for i in own_members for m in reads[i] if m >= count or group[m] != k
+            )
             if k < count:
                 op = single[k]
-                loop = op is not None and is_light(op)
-                nodes.append(Node(float(k), needed, 1000.0 if loop else 1.0))
+                loop = op is not None and (op.kind == "conv_general_dilated" or (light[k] and not reducing & {*own_members}))
+                nodes.append(Node(float(own_members[-1]), needed, 1000.0 if loop else 1.0))
+            elif k in second:
+                nodes.append(Node(begins[k], needed, 1.0))
             else:
                 move, end = divmod(k - count, 2)
-                made_at = max((m for m in waits[move] if m < count), default=-1)
-                position = positions.get(move, made_at + 0.5) if self.moves[move].readers else made_at + 0.5
+                position = positions.get(move, begins[k]) if self.moves[move].readers else begins[k]
                 nodes.append(Node(position + 0.1 * end, needed, 1.0, numbered[k - 1] if end else -1))
-        order = [kernels[n] for n in schedule(nodes)]
+        order = [k for n in schedule(nodes) for k in members.get(heads[n], [heads[n]]) if k not in second]
         extended = [*makers, *(() for _ in range(2 * len(self.moves)))]
         for move, made in waits.items():
             extended[count + 2 * move] = tuple(m for m in made if m < count)
         running = [*runs, *(True for _ in range(2 * len(self.moves)))]
-        late = [reads[i] if r else frozenset[int]() for i, r in enumerate(reduces)]
+        late = [frozenset(m for m in reads[i] if m < total - count) if r else frozenset[int]() for i, r in enumerate(reduces)]
         full = _with_fused(order, extended, running, late)
         unread = sorted(set(range(count)) - entering - set(full))
         result = [item for step in [*sorted(entering)] for item in steps[step]]
