@@ -56,8 +56,7 @@ def from_the_end(
         if bodies:
             inside[outer, bodies[0].first] = bodies
     kernel = [
-        not op.results
-        or (not _crosses_remat(graph, op) and any(in_memory[v] or not graph.values[v].shape for v in op.results))
+        not _crosses_remat(graph, op) and any(in_memory[v] or not graph.values[v].shape for v in op.results)
         for op in graph.ops
     ]
     sums = {v: i for i, move in enumerate(moves) if not move.readers for v in move.values}
@@ -213,19 +212,33 @@ class _Bodies:
         light = [op is not None and is_light(op) for op in single]
         group = list(range(total))
         begins = [float(i) for i in range(total)]
-        for move in used:
-            made_at = max((max((begins[m] for m in reads[count + 2 * move]), default=-1.0), -1.0)) + 0.5
-            begins[count + 2 * move] = begins[count + 2 * move + 1] = made_at
         for k, i in second.items():
             begins[k] = i + 0.5
+        for move in sorted(used, key=lambda move: max((begins[m] for m in reads[count + 2 * move] if m < count or m >= total - count), default=-1.0)):
+            made_at = max((max((begins[m] for m in reads[count + 2 * move]), default=-1.0), -1.0)) + 0.5
+            begins[count + 2 * move] = begins[count + 2 * move + 1] = made_at
         members: dict[int, list[int]] = {}
         reducing = set().union(*(reads[i] for i in range(count) if reduces[i] and not two[i]), *(reads[k] for k in second))
+
+        def waits_for(index: int, head: int) -> bool:
+            """Whether a kernel or a collective waits for some kernel that is one with `head`."""
+            stack, seen = [index], {index}
+            while stack:
+                at = stack.pop()
+                for m in reads[at]:
+                    if group[m] == head:
+                        return True
+                    if begins[m] > begins[head] and m not in seen:
+                        seen.add(m)
+                        stack.append(m)
+            return False
+
         for k in range(count):
             if not runs[k]:
                 continue
             joined = max((group[m] for m in reads[k] if m < count), key=lambda m: begins[m], default=-1)
             fits = joined >= 0 and light[k] and light[joined] and same_size(joined, k)
-            if fits and all(group[m] == joined or begins[m] < begins[joined] for m in reads[k]):
+            if fits and not any(group[m] != joined and waits_for(m, joined) for m in reads[k]):
                 group[k] = joined
                 members[joined].append(k)
             else:
