@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ffjax.cost.compilers import Compiler
-from ffjax.ir.graph import NO_VALUE
+from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import Spec, shard_count
 
@@ -38,7 +38,7 @@ def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
 
     def add(key: tuple[object, ...], value: int, readers: list[tuple[int, int]], pieces: int) -> None:
         size = graph.values[value].bytes / pieces
-        key = (*key, bool(readers), graph.values[value].dtype, graph.values[value].scope)
+        key = (*key, bool(readers), graph.values[value].dtype, _body(graph, graph.values[value].scope))
         group = groups.get(key)
         if group is None or group.bytes + size > compiler.combined_bytes:
             group = groups[key] = _Group([], [], 0.0)
@@ -50,6 +50,8 @@ def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
     # Collectives of one level, how many come before them at most, do not wait for each other.
     level = [0] * len(graph.values)
     merged_level = [0] * len(graph.values)
+    sums: list[tuple[int, int, bool, int]] = []
+    rank = _ranks(graph)
     read: dict[tuple[int, Spec, int], tuple[tuple[int, int], list[int]]] = {}
     for op in graph.ops:
         above, merged_above = 0, 0
@@ -69,13 +71,35 @@ def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
             level[value], merged_level[value] = above, merged_above
             if axes:
                 merged = regions.merged_sums[value]
-                home = layout.home(value)
-                key = (axes, home != layout.partial(value), merged, merged_above if merged else above)
-                add(key, value, [], shard_count(home, layout.mesh))
+                sums.append((rank[value] if merged else 0, value, merged, merged_above if merged else above))
                 merged_level[value] += merged
                 level[value] += 1
-    for (value, spec, scope), (at, ops) in read.items():
+    # The compiler walks from the first result back to what it is made of, then from the second.
+    for _, value, merged, at in sorted(sums):
+        home, axes = layout.home(value), layout.partial_axes(graph.values[value].producer)
+        key = (axes, home != layout.partial(value), merged, at)
+        add(key, value, [], shard_count(home, layout.mesh))
+    for (value, spec, _), (at, ops) in read.items():
         first = next(hop.step for hop in layout.way(value, spec) if hop.step is not None)
-        key = (first[0], first[1], scope, None if regions.merged_copies[value] else at)
+        key = (first[0], first[1], None if regions.merged_copies[value] else at)
         add(key, value, [(value, op) for op in ops], shard_count(spec, layout.mesh))
     return [Move(values=tuple(g.values), readers=tuple(g.readers)) for g in made]
+
+
+def _ranks(graph: Graph) -> list[int]:
+    """For each value the first result of the program that depends on it."""
+    rank = [len(graph.outputs)] * len(graph.values)
+    place = {op: position for position, op in enumerate(graph.outputs)}
+    for op in reversed(graph.ops):
+        first = min([place.get(op.id, len(graph.outputs)), *(rank[v] for v in op.results)])
+        for value in op.operands:
+            if value != NO_VALUE:
+                rank[value] = min(rank[value], first)
+    return rank
+
+
+def _body(graph: Graph, scope: int) -> int:
+    """The loop body that a scope is part of: what is recomputed is part of what it stands in."""
+    while graph.scopes[scope].kind == "remat":
+        scope = graph.scopes[scope].parent
+    return scope
