@@ -24,7 +24,7 @@ _LATENCY = 5000.0
 _LOOP = 1000.0
 """What an elementwise kernel takes there; all others take 1, matmuls as Triton fusions too."""
 import os
-_STALL = float(os.environ.get("STALL", "1"))
+_STALL = float(os.environ.get("STALL", "2"))
 
 
 class Node:

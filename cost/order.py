@@ -32,7 +32,7 @@ def as_written(graph: Graph) -> NDArray[np.int64]:
 
 def from_the_end(
     graph: Graph, in_memory: Sequence[bool], moves: Sequence[Move] = ()
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, int]]:
     """For each op when it runs under the latency-hiding scheduler, and from when to when each collective is under way.
 
     Args:
@@ -41,7 +41,8 @@ def from_the_end(
       moves: the collectives; those of values that no kernel waits for take no time.
 
     Returns:
-      The instants of the ops, [ops], and of the collectives, [moves, 2]: how many ops run before the start and the end.
+      The instants of the ops, [ops]; of the collectives, [moves, 2]: how many ops run before the start and the end;
+      for scatters into zeros when those are written.
     """
     inside: dict[tuple[int, int], list[_Span]] = {}
     spans = scope_spans(graph)
@@ -64,14 +65,17 @@ def from_the_end(
     body = _Bodies(graph=graph, kernel=kernel, inside=inside, moves=moves, sums=sums, copies=copies)
     when = np.full(len(graph.ops), -1, dtype=np.int64)
     under_way = np.full((len(moves), 2), -1, dtype=np.int64)
+    filled: dict[int, int] = {}
     at = 0
     for item in body.schedule(_Span(0, len(graph.ops) - 1, (0,))):
         if item >= 0:
             when[item] = at
             at += 1
-        else:
+        elif ~item < 2 * len(moves):
             under_way[divmod(~item, 2)] = at
-    return when, under_way
+        else:
+            filled[~item - 2 * len(moves)] = at
+    return when, under_way, filled
 
 
 def _crosses_remat(graph: Graph, op: Op) -> bool:
@@ -86,6 +90,11 @@ class _Span:
     first: int
     last: int
     scopes: tuple[int, ...]
+
+
+def _fills(graph: Graph, op: Op) -> bool:
+    """Whether an op scatters into a constant, which some kernel has to write before."""
+    return op.kind.startswith("scatter") and (op.operands[0] == NO_VALUE or graph.values[op.operands[0]].constant)
 
 
 def _in_rows(graph: Graph, op: Op) -> bool:
@@ -217,6 +226,14 @@ class _Bodies:
         for move in sorted(used, key=lambda move: max((begins[m] for m in reads[count + 2 * move] if m < count or m >= total - count), default=-1.0)):
             made_at = max((max((begins[m] for m in reads[count + 2 * move]), default=-1.0), -1.0)) + 0.5
             begins[count + 2 * move] = begins[count + 2 * move + 1] = made_at
+        fills = {  # the zeros that scatters add to
+            total + i: op.id for i, op in enumerate(single) if op is not None and runs[i] and _fills(graph, op)
+        }
+        reads += [frozenset()] * count
+        group += range(total, total + count)
+        begins += [float(i) for i in range(count)]
+        for k in fills:
+            reads[k - total] |= {k}
         members: dict[int, list[int]] = {}
         reducing = set().union(*(reads[i] for i in range(count) if reduces[i] and not two[i]), *(reads[k] for k in second))
 
@@ -243,7 +260,7 @@ class _Bodies:
                 members[joined].append(k)
             else:
                 members[k] = [k]
-        heads = [*members, *(count + 2 * m + e for m in used for e in (0, 1)), *second]
+        heads = [*members, *(count + 2 * m + e for m in used for e in (0, 1)), *second, *fills]
         numbered = {k: n for n, k in enumerate(heads)}
         nodes = []
         for k in heads:
@@ -255,6 +272,8 @@ class _Bodies:
                 op = single[k]
                 loop = op is not None and (op.kind == "conv_general_dilated" or (light[k] and not reducing & {*own_members}))
                 nodes.append(Node(float(own_members[-1]), needed, 1000.0 if loop else 1.0))
+            elif k in fills:
+                nodes.append(Node(begins[k] - 0.5, needed, 1000.0))
             elif k in second:
                 nodes.append(Node(begins[k], needed, 1.0))
             else:
@@ -262,16 +281,16 @@ class _Bodies:
                 position = positions.get(move, begins[k]) if self.moves[move].readers else begins[k]
                 nodes.append(Node(position + 0.1 * end, needed, 1.0, numbered[k - 1] if end else -1))
         order = [k for n in schedule(nodes) for k in members.get(heads[n], [heads[n]]) if k not in second]
-        extended = [*makers, *(() for _ in range(2 * len(self.moves)))]
+        extended = [*makers, *(() for _ in range(2 * len(self.moves) + 2 * count))]
         for move, made in waits.items():
             extended[count + 2 * move] = tuple(m for m in made if m < count)
-        running = [*runs, *(True for _ in range(2 * len(self.moves)))]
-        late = [frozenset(m for m in reads[i] if m < total - count) if r else frozenset[int]() for i, r in enumerate(reduces)]
+        running = [*runs, *(True for _ in range(2 * len(self.moves) + 2 * count))]
+        late = [frozenset(m for m in reads[i] if m < total - count) if r else frozenset[int]() for i, r in enumerate(reduces)] + [frozenset()] * 0
         full = _with_fused(order, extended, running, late)
         unread = sorted(set(range(count)) - entering - set(full))
         result = [item for step in [*sorted(entering)] for item in steps[step]]
         for step in [*full, *unread]:
-            result += steps[step] if step < count else [~(step - count)]
+            result += steps[step] if step < count else [~(step - count) if step < total else ~(2 * len(self.moves) + fills[step])]
         return result
 
 
