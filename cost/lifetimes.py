@@ -44,6 +44,8 @@ class Lifetimes:
     """Values that become results in buffers of their own."""
     sums: dict[int, tuple[int, int]] = field(default_factory=dict)
     """For values whose partial sums are reduced when that starts and ends: how many ops have run by then."""
+    scattered: frozenset[int] = frozenset()
+    """Values whose partial sums are reduce-scattered, because that is planned or because all who read them slice."""
     copies: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     """For what is read resharded, by value and reader, when that starts and ends."""
 
@@ -66,6 +68,8 @@ class Lifetimes:
         """From when to when a value's partial sums are in memory beside the value."""
         made = int(self.when[self.graph.values[value].producer])
         start, end = self.sums.get(value, (made + 1, made + 1))
+        if value in self.scattered and not scattered:
+            return min(made + 1, self.filled.get(value, made + 1)), end - 1
         return min(made, self.filled.get(value, made)) if scattered else max(made, start - 1), max(made, end - 1)
 
     @property
@@ -87,11 +91,13 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[
         runs, under_way, filled = as_written(graph), np.zeros((0, 2), dtype=np.int64), {}
     sums: dict[int, tuple[int, int]] = {}
     copies: dict[tuple[int, int], tuple[int, int]] = {}
+    scattered: set[int] = set()
     for move, (start, done) in zip(moves, under_way.tolist(), strict=False):
         if done >= 0 and move.readers:
             copies.update(dict.fromkeys(move.readers, (start, done)))
         elif done >= 0:
             sums.update(dict.fromkeys(move.values, (start, done)))
+            scattered.update(move.values if move.scatters else ())
     spans = scope_spans(graph)
     loop_end = [int(runs[first : last + 1].max(initial=-1)) for first, last in spans]
     loop_start = [int(runs[first : last + 1].min(initial=end)) for first, last in spans]
@@ -154,7 +160,8 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[
             first[value] = at
     for op_id, at in filled.items():
         value = graph.ops[op_id].results[0]
-        first[value] = min(first[value], at)
+        if value not in sums:
+            first[value] = min(first[value], at)
     copied = []
     if compiler.copies_updated:
         copied += _copied_arguments(graph, maps, when)
@@ -169,6 +176,7 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[
         last=np.array(last, dtype=np.int64),
         new_results=np.array(new_results, dtype=np.int64),
         sums=sums,
+        scattered=frozenset(scattered),
         filled={graph.ops[op].results[0]: at for op, at in filled.items()},
         copied=copied,
         copies=copies,

@@ -19,6 +19,8 @@ class Move:
     """One collective: the values that it sums or reshards."""
 
     values: tuple[int, ...]
+    scatters: bool = False
+    """Whether it leaves each device a piece of its sums only."""
     readers: tuple[tuple[int, int], ...] = ()
     """Of what is resharded each value with each op that reads it so; of a sum none, as all who read it wait."""
 
@@ -28,6 +30,7 @@ class _Group:
     values: list[int]
     readers: list[tuple[int, int]]
     bytes: float
+    scatters: bool
 
 
 def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
@@ -41,7 +44,7 @@ def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
         key = (*key, bool(readers), graph.values[value].dtype, _body(graph, graph.values[value].scope))
         group = groups.get(key)
         if group is None or group.bytes + size > compiler.combined_bytes:
-            group = groups[key] = _Group([], [], 0.0)
+            group = groups[key] = _Group([], [], 0.0, not readers and key[1] is True)
             made.append(group)
         group.values.append(value)
         group.readers += readers
@@ -74,16 +77,18 @@ def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
                 sums.append((rank[value] if merged else 0, value, merged, merged_above if merged else above))
                 merged_level[value] += merged
                 level[value] += 1
+    reads = layout.reads()
     # The compiler walks from the first result back to what it is made of, then from the second.
     for _, value, merged, at in sorted(sums):
-        home, axes = layout.home(value), layout.partial_axes(graph.values[value].producer)
-        key = (axes, home != layout.partial(value), merged, at)
-        add(key, value, [], shard_count(home, layout.mesh))
+        axes = layout.partial_axes(graph.values[value].producer)
+        key = (axes, layout.scatters(value, axes, reads.get(value, set())), merged, at)
+        pieces = shard_count(layout.partial(value), layout.mesh)
+        add(key, value, [], pieces * layout.mesh.size(axes) if key[1] else pieces)
     for (value, spec, _), (at, ops) in read.items():
         first = next(hop.step for hop in layout.way(value, spec) if hop.step is not None)
         key = (first[0], first[1], None if regions.merged_copies[value] else at)
         add(key, value, [(value, op) for op in ops], shard_count(spec, layout.mesh))
-    return [Move(values=tuple(g.values), readers=tuple(g.readers)) for g in made]
+    return [Move(values=tuple(g.values), readers=tuple(g.readers), scatters=g.scatters) for g in made]
 
 
 def _ranks(graph: Graph) -> list[int]:
