@@ -30,14 +30,18 @@ _STALL = float(os.environ.get("STALL", "2"))
 class Node:
     """A kernel, or the start or the end of a collective."""
 
-    __slots__ = ("cost", "depth", "done_of", "frees", "position", "reads", "ready", "waiting")
+    __slots__ = ("alone", "cost", "depth", "done_of", "frees", "position", "reads", "ready", "waiting")
 
-    def __init__(self, position: float, reads: frozenset[int], cost: float, done_of: int = -1) -> None:
+    def __init__(
+        self, position: float, reads: frozenset[int], cost: float, done_of: int = -1, alone: bool = False
+    ) -> None:
         self.position = position
         self.reads = reads
         self.cost = cost
         self.done_of = done_of
         """For the end of a collective the node that is its start."""
+        self.alone = alone
+        """A loop with collectives of its own: none is under way beside it."""
         self.depth = 0
         self.frees = 0
         self.waiting = 0
@@ -62,6 +66,7 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
     heaps: tuple[list[tuple[int, int, float, int]], list[tuple[int, int, float, int]]] = ([], [])
     pending: list[tuple[float, int]] = []
     ends: list[int] = []
+    loops: list[int] = []
     placed = [False] * len(nodes)
     backwards: list[int] = []
 
@@ -73,6 +78,8 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
         node = nodes[index]
         if node.done_of >= 0:
             ends.append(index)
+        elif node.alone:
+            loops.append(index)
         elif index not in starts:
             if node.ready <= now:
                 heapq.heappush(heaps[node.cost > 1], entry(index))
@@ -94,13 +101,15 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
             index = heapq.heappop(pending)[1]
             heapq.heappush(heaps[nodes[index].cost > 1], entry(index))
         cheap, costly = top(heaps[0]), top(heaps[1])
+        free = loops if under_way < 0 else []
         found = [t for t in (cheap, costly) if t is not None]
+        found += [entry(k) for k in free if nodes[k].ready <= now]
         best = min(found, default=None)
         if cheap is not None and costly is not None and cheap[0] == costly[0]:
             left = min(
                 ([pending[0][0]] if pending else []) + ([nodes[under_way].ready] if under_way >= 0 else []), default=None
             )
-            if left is not None and left > now:
+            if left is not None and left > now and best in (cheap, costly):
                 near = abs(left - now - 1) - abs(left - now - _LOOP)
                 best = cheap if near < 0 else costly if near > 0 else best
         if under_way >= 0 and nodes[under_way].ready <= now and nodes[under_way].waiting == 0:
@@ -112,7 +121,7 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
             return best[3]
         if under_way >= 0 and (not pending or nodes[under_way].ready <= pending[0][0]):
             return under_way
-        return pending[0][1]
+        return min([(nodes[k].ready, k) for k in free] + pending[:1])[1]
 
     for index, node in enumerate(nodes):
         if not node.waiting:
@@ -125,6 +134,8 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
         if node.done_of >= 0:
             ends.remove(index)
             under_way = node.done_of
+        elif node.alone:
+            loops.remove(index)
         elif index == under_way:
             under_way = -1
         elif pending and pending[0][1] == index:
@@ -140,7 +151,8 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
             elif made.waiting == 1:
                 reader = last_reader[maker]
                 nodes[reader].frees += 1
-                if not nodes[reader].waiting and nodes[reader].ready <= now and nodes[reader].done_of < 0 and reader not in starts:
+                held = nodes[reader].done_of >= 0 or nodes[reader].alone or reader in starts
+                if not held and not nodes[reader].waiting and nodes[reader].ready <= now:
                     heapq.heappush(heaps[nodes[reader].cost > 1], entry(reader))
     return backwards[::-1]
 

@@ -271,7 +271,8 @@ class _Bodies:
             if k < count:
                 op = single[k]
                 loop = op is not None and (op.kind == "conv_general_dilated" or (light[k] and not reducing & {*own_members}))
-                nodes.append(Node(float(own_members[-1]), needed, 1000.0 if loop else 1.0))
+                alone = any(item < 0 for item in steps[k])
+                nodes.append(Node(float(own_members[-1]), needed, 1000.0 if loop else 1.0, alone=alone))
             elif k in fills:
                 nodes.append(Node(begins[k] - 0.5, needed, 1000.0))
             elif k in second:
