@@ -23,8 +23,8 @@ _LATENCY = 5000.0
 """From a collective's start to its end, in the scheduler's units."""
 _LOOP = 1000.0
 """What an elementwise kernel takes there; all others take 1, matmuls as Triton fusions too."""
-import os
-_STALL = float(os.environ.get("STALL", "2"))
+_STALL = 2.0
+"""From an op to what reads it: the scheduler takes 1, but what is one op here is often two kernels there."""
 
 
 class Node:

@@ -25,6 +25,14 @@ from ffjax.ir.op_kinds import is_reduction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """For each op whether it only maps elements, and for each value whether a kernel leaves it in memory."""
+
+    maps: list[bool]
+    in_memory: list[bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetimes:
     """When things happen: instants are numbered from 0, one for each op.
 
@@ -36,6 +44,7 @@ class Lifetimes:
     graph: Graph
     """The program as the compiler sees it: the same ops and values, some of which it may merge with others."""
     compiler: Compiler
+    fused: Fused
     when: NDArray[np.int64]
     until: NDArray[np.int64]
     first: NDArray[np.int64]
@@ -78,13 +87,24 @@ class Lifetimes:
         return np.argsort(self.when)
 
 
-def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[Move] = ()) -> Lifetimes:
-    """When each value is in memory under a compiler's schedule, `moves` being the collectives that it looks at."""
+def lifetimes(
+    graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[Move] = (), fused: Fused | None = None
+) -> Lifetimes:
+    """When each value is in memory under a compiler's schedule.
+
+    Args:
+      graph: the program.
+      compiler: what compiles it.
+      moves: the collectives of a layout, if the schedule is to be that layout's.
+      fused: what is fused, if that is known.
+    """
     end = len(graph.ops)
     if compiler.merges_remat:
         graph = merge_remat(graph)
-    maps = mapping_ops(graph)
-    in_memory = buffered(graph, compiler, maps)
+    if fused is None:
+        maps = mapping_ops(graph)
+        fused = Fused(maps=maps, in_memory=buffered(graph, compiler, maps))
+    maps, in_memory = fused.maps, fused.in_memory
     if compiler.runs_late:
         runs, under_way, filled = from_the_end(graph, in_memory, moves)
     else:
@@ -170,6 +190,7 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[
     return Lifetimes(
         graph=graph,
         compiler=compiler,
+        fused=fused,
         when=runs,
         until=np.array(untils, dtype=np.int64),
         first=np.array(first, dtype=np.int64),

@@ -55,6 +55,7 @@ class MemoryModel:
 
     def __init__(self, regions: Regions, times: Lifetimes, keys: Sequence[Hashable] | None = None) -> None:
         graph = regions.graph
+        self.regions = regions
         self.graph = graph
         self.times = times
         self.keys = keys
@@ -102,8 +103,8 @@ class MemoryModel:
         compiler = self.times.compiler
         if not compiler.runs_late:
             return self
-        graph = layout.graph
-        return MemoryModel(layout.regions, lifetimes(graph, compiler, moves_of(layout, compiler)), self.keys)
+        times = lifetimes(self.graph, compiler, moves_of(layout, compiler), self.times.fused)
+        return MemoryModel(self.regions, times, self.keys)
 
     def peak(self, layout: Layout) -> Peak:
         """The most bytes that are live on one device at once, and where."""

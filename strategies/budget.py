@@ -26,6 +26,9 @@ MOST_ROUNDS = 8
 _MARGIN = 0.98
 """The share of the budget that a new instant may use, so that nearly equal instants next to it fit too."""
 
+_NEAR = 0.6
+"""The share of the budget from which on it matters how a layout's own collectives order the step: that takes longer."""
+
 Solver = Callable[[Problem, Sequence[Instant]], Solution | None]
 
 
@@ -36,6 +39,8 @@ class Fit:
     solution: Solution
     layout: Layout
     peak: Peak
+    times: Lifetimes
+    """The schedule under which that is the peak."""
     fits: bool
 
 
@@ -52,7 +57,6 @@ def solve_within(
     problem: Problem,
     budget_bytes: float,
     memory: MemoryModel,
-    times: Lifetimes,
     solver: Solver,
     rounds: int = MOST_ROUNDS,
 ) -> Fit | None:
@@ -67,14 +71,17 @@ def solve_within(
         if found.fits:
             return found
         fastest = fastest or found
-        instants.append(instant(problem, times, found.peak.instant, budget_bytes * _MARGIN))
+        instants.append(instant(problem, found.times, found.peak.instant, budget_bytes * _MARGIN))
     return fastest
 
 
 def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: MemoryModel) -> Fit:
     layout = layout_of(problem, solution.choice)
     most = memory.peak(layout)
-    return Fit(solution=solution, layout=layout, peak=most, fits=most.bytes <= budget_bytes)
+    if most.bytes > budget_bytes * _NEAR:
+        memory = memory.under(layout)
+        most = memory.peak(layout)
+    return Fit(solution=solution, layout=layout, peak=most, times=memory.times, fits=most.bytes <= budget_bytes)
 
 
 def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) -> Instant:
@@ -100,6 +107,9 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
         hold(value, float(taken[value]))
     for value in times.new_results[at < times.first[times.new_results]].tolist():
         hold(value, float(taken[value]) * times.compiler.results_apart)
+    for value, since, until, larger in times.copied:
+        if since <= at <= until:
+            hold(value, float(taken[value]) * larger)
     node_bytes: dict[int, NDArray[np.float64]] = {}
     for (node, dims), size in by_dims.items():
         share = size / _home_splits(problem, node, dims)
@@ -111,6 +121,7 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
             continue
         key_ = (edge.value, graph.ops[edge.op].scope)
         when, until = int(times.when[edge.op]), int(times.until[edge.op])
+        when = min(when, times.copies.get((edge.value, edge.op), (when, when))[0])
         first, last = reads.get(key_, (when, until))
         reads[key_] = (min(first, when), max(last, until))
     gathered = {(e.value, graph.ops[e.op].scope) for e in regions.edges if times.when[e.op] == at}
@@ -136,19 +147,18 @@ def _add_sums(
     """Adds the partial sums that are being reduced under the candidates that leave some."""
     regions = problem.regions
     sums = possible_sums(regions)
-    flushed = times.flushed(sums, problem.mesh.devices)
     for value in sums:
-        made = times.when[regions.graph.values[value].producer]
-        if not made <= at <= max(made, flushed[value]):
-            continue
         region = regions.regions[regions.region_of[regions.graph.values[value].producer]]
         node = problem.node_of[region.id]
         entry = problem.nodes[node]
         copies = np.zeros(len(entry.candidates))
         for index, candidate in enumerate(entry.candidates):
             scatters = any(d != UNUSED for d in candidate.scatter)
-            if any(a in region.dims[0].reduced for a in candidate.atoms) and (scatters or at == made):
+            since, until = times.summing(value, scattered=scatters)
+            if any(a in region.dims[0].reduced for a in candidate.atoms) and since <= at <= until:
                 copies[index] = sums_in_memory(times.compiler, scattered=scatters)
+        if not copies.any():
+            continue
         sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
         node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel
 from ffjax.strategies.budget import Fit, Solver, fit_of, instant
 from ffjax.strategies.ilp import Instant
@@ -33,7 +32,7 @@ _TIE_BREAK = 1e-3
 
 
 def solve_priced(
-    problem: Problem, budget_bytes: float, memory: MemoryModel, times: Lifetimes, solver: Solver, free: Fit
+    problem: Problem, budget_bytes: float, memory: MemoryModel, solver: Solver, free: Fit
 ) -> Fit:
     """A fast solution that fits; where none is found, one of nearly least peak memory (`fits` is False).
 
@@ -42,13 +41,14 @@ def solve_priced(
     Args:
       problem: with all candidates that may save memory.
       budget_bytes: what one device may hold.
-      memory, times: of the program.
+      memory: of the program.
       solver: solves a problem; it is given no instants.
       free: the solution of the same problem whose memory costs nothing.
     """
     step_s = max(total_seconds(problem, free.solution.choice), 1e-12)
-    instants = {free.peak.instant: instant(problem, times, free.peak.instant, budget_bytes)}
-    played = Counter({free.peak.instant: 1})
+    # Solutions have schedules of their own: the op that runs names the instant.
+    instants = {free.peak.op: instant(problem, free.times, free.peak.instant, budget_bytes)}
+    played = Counter({free.peak.op: 1})
     least = free
 
     def solve_at(price: float) -> Fit | None:
@@ -62,9 +62,9 @@ def solve_priced(
         if found.peak.bytes < least.peak.bytes:
             least = found
         if not found.fits:
-            played[found.peak.instant] += 1
-            if found.peak.instant not in instants:
-                instants[found.peak.instant] = instant(problem, times, found.peak.instant, budget_bytes)
+            played[found.peak.op] += 1
+            if found.peak.op not in instants:
+                instants[found.peak.op] = instant(problem, found.times, found.peak.instant, budget_bytes)
         return found
 
     low, high = math.log(_CHEAPEST), math.log(_DEAREST)

@@ -21,7 +21,7 @@ from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.compilers import compiler_of
 from ffjax.cost.kernels import Kernel, by_family, kernels
-from ffjax.cost.lifetimes import Lifetimes, lifetimes
+from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.memory import MemoryModel, Peak
 from ffjax.cost.simulation.simulator import Simulated, Simulator
 from ffjax.cost.simulation.task_graph import build_task_graph
@@ -165,6 +165,9 @@ def search(
         best = min(simulated.values(), key=lambda f: f.predicted_s)
     else:
         best = min(fitting, key=lambda f: f.step_s) if fitting else min(found, key=lambda f: f.peak.bytes)
+    # Of the best the peak is that of its own schedule; for all that would take long.
+    scheduled = dataclasses.replace(best, peak=search_.memory.under(best.layout).peak(best.layout))
+    found = [scheduled if f is best else f for f in found]
     seconds = {
         "analyse": analysed - began,
         "named strategies": restricted - analysed,
@@ -172,7 +175,7 @@ def search(
         "simulate": time.perf_counter() - finished,
     }
     return SearchResult(
-        best=best,
+        best=scheduled,
         found=tuple(found),
         seconds=seconds,
         keys=tuple(search_.keys),
@@ -218,8 +221,8 @@ class _Search:
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
         self.dims = named_dims(regions)
-        self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
-        self.memory = MemoryModel(regions, self.times, self.keys)
+        times = lifetimes(regions.graph, compiler_of(cluster.device.platform))
+        self.memory = MemoryModel(regions, times, self.keys)
 
     def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> Found | None:
         """The best plan of a named strategy on one mesh; one that stands alone is made to fit if it can."""
@@ -232,7 +235,7 @@ class _Search:
         if any(not node.candidates for node in problem.nodes):
             return None
         allowed = rules.forbid(problem)
-        fit = solve_within(allowed, self.budget_bytes, self.memory, self.times, _solve)
+        fit = solve_within(allowed, self.budget_bytes, self.memory, _solve)
         if alone and fit is not None and not fit.fits:
             fit = self._priced(allowed, _solve, fit)
         return self._found(strategy.name, problem, fit, exact=True, began=began)
@@ -255,7 +258,7 @@ class _Search:
         pruned, _ = prune(problem)
         lean = cells <= LEAN_CELLS or not starts
         rounds = MOST_ROUNDS if lean else 1
-        fit = solve_within(pruned, self.budget_bytes, self.memory, self.times, solver, rounds)
+        fit = solve_within(pruned, self.budget_bytes, self.memory, solver, rounds)
         if fit is not None and not fit.fits:
             # Pruning looks at time alone: what it dropped may be what fits.
             where = [{c: i for i, c in enumerate(node.candidates)} for node in problem.nodes]
@@ -288,7 +291,7 @@ class _Search:
         return result
 
     def _priced(self, problem: Problem, solver: Solver, fit: Fit) -> Fit:
-        return solve_priced(problem, self.budget_bytes, self.memory, self.times, solver, fit)
+        return solve_priced(problem, self.budget_bytes, self.memory, solver, fit)
 
     def _found(self, name: str, problem: Problem, fit: Fit | None, *, exact: bool, began: float) -> Found | None:
         if fit is None:
