@@ -36,6 +36,8 @@ class Compiler:
     """There is no reduce-scatter: sums are all-reduced whole, then sliced."""
     copies_gathered: bool = False
     """What is gathered along an inner dimension comes out transposed and is copied."""
+    fuses_gathers: bool = False
+    """A gather that one elementwise kernel reads is part of that."""
     writes_over: bool = False
     """An elementwise kernel writes over an operand of its size that it is the last to read."""
     copies_updated: bool = False
@@ -67,6 +69,7 @@ XLA_GPU = Compiler(
     keeps_expensive=True,
     fuses_into_dots=True,
     reduces_out_of_place=True,
+    fuses_gathers=True,
     writes_over=True,
     copies_updated=True,
     pads_convolutions=True,

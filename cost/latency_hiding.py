@@ -23,8 +23,8 @@ _LATENCY = 5000.0
 """From a collective's start to its end, in the scheduler's units."""
 _LOOP = 1000.0
 """What an elementwise kernel takes there; all others take 1, matmuls as Triton fusions too."""
-_STALL = 2.0
-"""From an op to what reads it: the scheduler takes 1, but what is one op here is often two kernels there."""
+_STALL = 3.0
+"""From an op to what reads it: the scheduler takes 1, but what is one op here is two or three kernels there."""
 
 
 class Node:
@@ -107,7 +107,8 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
         best = min(found, default=None)
         if cheap is not None and costly is not None and cheap[0] == costly[0]:
             left = min(
-                ([pending[0][0]] if pending else []) + ([nodes[under_way].ready] if under_way >= 0 else []), default=None
+                ([pending[0][0]] if pending else []) + ([nodes[under_way].ready] if under_way >= 0 else []),
+                default=None,
             )
             if left is not None and left > now and best in (cheap, costly):
                 near = abs(left - now - 1) - abs(left - now - _LOOP)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.buffers import buffered, mapping_ops
+from ffjax.cost.buffers import buffered, fused_gathers, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
 from ffjax.cost.merged_remat import merge_remat
 from ffjax.cost.moves import Move
@@ -103,6 +103,8 @@ def lifetimes(
         graph = merge_remat(graph)
     if fused is None:
         maps = mapping_ops(graph)
+        if compiler.fuses_gathers:
+            maps = fused_gathers(graph, maps)
         fused = Fused(maps=maps, in_memory=buffered(graph, compiler, maps))
     maps, in_memory = fused.maps, fused.in_memory
     if compiler.runs_late:
@@ -246,14 +248,14 @@ def _copied_arguments(graph: Graph, maps: Sequence[bool], when: Sequence[int]) -
         updated = graph.ops[graph.outputs[result]].operands[0]
         if updated == NO_VALUE or not _transposes(graph, maps, updated):
             continue
-        reads = [op.id for op in graph.ops if value in op.operands and not op.kind == "result"]
+        reads = [op.id for op in graph.ops if value in op.operands and op.kind != "result"]
         if reads:
             found.append((value, min(when[op] for op in reads), max(when[op] for op in reads), 1.0))
     return found
 
 
 def _transposes(graph: Graph, maps: Sequence[bool], value: int) -> bool:
-    """Whether a value is computed, element by element, from a transposed batched dot: others are folded into the dot."""
+    """Whether a value is computed, element by element, from a transposed batched dot: others are folded."""
     size = graph.values[value].bytes
     stack, seen = [value], {value}
     while stack:
@@ -282,7 +284,7 @@ def _padded(graph: Graph, when: Sequence[int]) -> list[tuple[int, int, int, floa
         spatial = [graph.values[value].shape[d] for d in op.eqn.params["dimension_numbers"].lhs_spec[2:]]
         larger = 1.0
         for size, (low, high) in zip(spatial, padding, strict=True):
-            larger *= 1 + max(0, max(low, high)) / size
+            larger *= 1 + max(0, low, high) / size
         first, last, most = spans.get(value, (when[op.id], when[op.id], larger))
         spans[value] = (min(first, when[op.id]), max(last, when[op.id]), max(most, larger))
     return [(value, first, last, larger) for value, (first, last, larger) in spans.items()]

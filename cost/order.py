@@ -183,7 +183,9 @@ class _Bodies:
                     positions.setdefault((m - count) // 2, index - 0.5)
         single = [graph.ops[items[0]] if len(items) == 1 else None for items in steps]
         reduces = [op is not None and is_reduction(op) for op in single]
-        runs = [i not in entering and (op is None or (self.kernel[op.id] and not reduces[i])) for i, op in enumerate(single)]
+        runs = [
+            i not in entering and (op is None or (self.kernel[op.id] and not reduces[i])) for i, op in enumerate(single)
+        ]
         # What is fused runs in the kernels that read it: those wait for what it reads.
         two = [op is not None and reduces[i] and not _in_rows(graph, op) for i, op in enumerate(single)]
         total = 2 * count + 2 * len(self.moves)
@@ -223,7 +225,12 @@ class _Bodies:
         begins = [float(i) for i in range(total)]
         for k, i in second.items():
             begins[k] = i + 0.5
-        for move in sorted(used, key=lambda move: max((begins[m] for m in reads[count + 2 * move] if m < count or m >= total - count), default=-1.0)):
+        for move in sorted(
+            used,
+            key=lambda move: max(
+                (begins[m] for m in reads[count + 2 * move] if m < count or m >= total - count), default=-1.0
+            ),
+        ):
             made_at = max((max((begins[m] for m in reads[count + 2 * move]), default=-1.0), -1.0)) + 0.5
             begins[count + 2 * move] = begins[count + 2 * move + 1] = made_at
         fills = {  # the zeros that scatters add to
@@ -235,7 +242,9 @@ class _Bodies:
         for k in fills:
             reads[k - total] |= {k}
         members: dict[int, list[int]] = {}
-        reducing = set().union(*(reads[i] for i in range(count) if reduces[i] and not two[i]), *(reads[k] for k in second))
+        reducing = set().union(
+            *(reads[i] for i in range(count) if reduces[i] and not two[i]), *(reads[k] for k in second)
+        )
 
         def waits_for(index: int, head: int) -> bool:
             """Whether a kernel or a collective waits for some kernel that is one with `head`."""
@@ -265,12 +274,12 @@ class _Bodies:
         nodes = []
         for k in heads:
             own_members = members.get(k, [k])
-            needed = frozenset(
-                numbered[group[m]] for i in own_members for m in reads[i] if m >= count or group[m] != k
-            )
+            needed = frozenset(numbered[group[m]] for i in own_members for m in reads[i] if m >= count or group[m] != k)
             if k < count:
                 op = single[k]
-                loop = op is not None and (op.kind == "conv_general_dilated" or (light[k] and not reducing & {*own_members}))
+                loop = op is not None and (
+                    op.kind == "conv_general_dilated" or (light[k] and not reducing & {*own_members})
+                )
                 alone = any(item < 0 for item in steps[k])
                 nodes.append(Node(float(own_members[-1]), needed, 1000.0 if loop else 1.0, alone=alone))
             elif k in fills:
@@ -286,12 +295,19 @@ class _Bodies:
         for move, made in waits.items():
             extended[count + 2 * move] = tuple(m for m in made if m < count)
         running = [*runs, *(True for _ in range(2 * len(self.moves) + 2 * count))]
-        late = [frozenset(m for m in reads[i] if m < total - count) if r else frozenset[int]() for i, r in enumerate(reduces)] + [frozenset()] * 0
+        late = [
+            frozenset(m for m in reads[i] if m < total - count) if r else frozenset[int]()
+            for i, r in enumerate(reduces)
+        ] + [frozenset()] * 0
         full = _with_fused(order, extended, running, late)
         unread = sorted(set(range(count)) - entering - set(full))
         result = [item for step in [*sorted(entering)] for item in steps[step]]
         for step in [*full, *unread]:
-            result += steps[step] if step < count else [~(step - count) if step < total else ~(2 * len(self.moves) + fills[step])]
+            result += (
+                steps[step]
+                if step < count
+                else [~(step - count) if step < total else ~(2 * len(self.moves) + fills[step])]
+            )
         return result
 
 

@@ -31,9 +31,7 @@ _TIE_BREAK = 1e-3
 """Weight of a step's time against all memory where memory is minimised."""
 
 
-def solve_priced(
-    problem: Problem, budget_bytes: float, memory: MemoryModel, solver: Solver, free: Fit
-) -> Fit:
+def solve_priced(problem: Problem, budget_bytes: float, memory: MemoryModel, solver: Solver, free: Fit) -> Fit:
     """A fast solution that fits; where none is found, one of nearly least peak memory (`fits` is False).
 
     What is found to need least fits when it is asked for again with what it needs as the budget.
