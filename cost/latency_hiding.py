@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 _LATENCY = 5000.0
 """From a collective's start to its end, in the scheduler's units."""
-_LOOP = 1000.0
+LOOP = 1000.0
 """What an elementwise kernel takes there; all others take 1, matmuls as Triton fusions too."""
 _STALL = 3.0
 """From an op to what reads it: the scheduler takes 1, but what is one op here is two or three kernels there."""
@@ -30,15 +30,15 @@ _STALL = 3.0
 class Node:
     """A kernel, or the start or the end of a collective."""
 
-    __slots__ = ("alone", "cost", "depth", "done_of", "frees", "position", "reads", "ready", "waiting")
+    __slots__ = ("alone", "cost", "depth", "frees", "position", "reads", "ready", "start", "waiting")
 
     def __init__(
-        self, position: float, reads: frozenset[int], cost: float, done_of: int = -1, alone: bool = False
+        self, position: float, reads: frozenset[int], cost: float, start: int = -1, alone: bool = False
     ) -> None:
         self.position = position
         self.reads = reads
         self.cost = cost
-        self.done_of = done_of
+        self.start = start
         """For the end of a collective the node that is its start."""
         self.alone = alone
         """A loop with collectives of its own: none is under way beside it."""
@@ -51,7 +51,7 @@ class Node:
 def schedule(nodes: Sequence[Node]) -> list[int]:
     """The order in which nodes run. Each reads earlier ones in the sequence, or any, as long as there is no cycle."""
     last_reader = [0] * len(nodes)
-    starts = {node.done_of for node in nodes if node.done_of >= 0}
+    starts = {node.start for node in nodes if node.start >= 0}
     for index, node in enumerate(nodes):
         for maker in node.reads:
             nodes[maker].waiting += 1
@@ -76,7 +76,7 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
 
     def add(index: int) -> None:
         node = nodes[index]
-        if node.done_of >= 0:
+        if node.start >= 0:
             ends.append(index)
         elif node.alone:
             loops.append(index)
@@ -111,7 +111,7 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
                 default=None,
             )
             if left is not None and left > now and best in (cheap, costly):
-                near = abs(left - now - 1) - abs(left - now - _LOOP)
+                near = abs(left - now - 1) - abs(left - now - LOOP)
                 best = cheap if near < 0 else costly if near > 0 else best
         if under_way >= 0 and nodes[under_way].ready <= now and nodes[under_way].waiting == 0:
             if best is None or ends:
@@ -132,9 +132,9 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
         node = nodes[index]
         placed[index] = True
         backwards.append(index)
-        if node.done_of >= 0:
+        if node.start >= 0:
             ends.remove(index)
-            under_way = node.done_of
+            under_way = node.start
         elif node.alone:
             loops.remove(index)
         elif index == under_way:
@@ -146,13 +146,13 @@ def schedule(nodes: Sequence[Node]) -> list[int]:
             made = nodes[maker]
             made.waiting -= 1
             last_reader[maker] -= index
-            made.ready = max(made.ready, now + (_LATENCY if node.done_of == maker else _STALL))
+            made.ready = max(made.ready, now + (_LATENCY if node.start == maker else _STALL))
             if made.waiting == 0:
                 add(maker)
             elif made.waiting == 1:
                 reader = last_reader[maker]
                 nodes[reader].frees += 1
-                held = nodes[reader].done_of >= 0 or nodes[reader].alone or reader in starts
+                held = nodes[reader].start >= 0 or nodes[reader].alone or reader in starts
                 if not held and not nodes[reader].waiting and nodes[reader].ready <= now:
                     heapq.heappush(heaps[nodes[reader].cost > 1], entry(reader))
     return backwards[::-1]

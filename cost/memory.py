@@ -161,8 +161,8 @@ class MemoryModel:
                 one, start, until = np.array([value]), np.zeros(1, dtype=np.int64), times.first[[value]] - 1
                 held.add(_ROOM, one, start, until, shard_count(layout.home(value), mesh) / compiler.results_apart)
         for copied, since, until, larger in times.copied:
-            pieces = shard_count(layout.home(copied), mesh) / larger
-            held.add(_COPY, np.array([copied]), np.array([since]), np.array([until]), pieces)
+            larger_by = shard_count(layout.home(copied), mesh) / larger
+            held.add(_COPY, np.array([copied]), np.array([since]), np.array([until]), larger_by)
         shards = np.array([shard_count(layout.home(value), mesh) for value in self.homes], dtype=float)
         held.add(_HOME, self.values, times.first[self.values], home_last[self.values], shards[self.group])
         return held

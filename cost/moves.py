@@ -39,12 +39,14 @@ def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
     made: list[_Group] = []
     groups: dict[tuple[object, ...], _Group] = {}
 
-    def add(key: tuple[object, ...], value: int, readers: list[tuple[int, int]], pieces: int) -> None:
+    def add(
+        key: tuple[object, ...], value: int, readers: list[tuple[int, int]], pieces: int, *, scatters: bool = False
+    ) -> None:
         size = graph.values[value].bytes / pieces
-        key = (*key, bool(readers), graph.values[value].dtype, _body(graph, graph.values[value].scope))
+        key = (*key, bool(readers), scatters, graph.values[value].dtype, _body(graph, graph.values[value].scope))
         group = groups.get(key)
         if group is None or group.bytes + size > compiler.combined_bytes:
-            group = groups[key] = _Group([], [], 0.0, not readers and key[1] is True)
+            group = groups[key] = _Group([], [], 0.0, scatters)
             made.append(group)
         group.values.append(value)
         group.readers += readers
@@ -79,15 +81,15 @@ def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
                 level[value] += 1
     reads = layout.reads()
     # The compiler walks from the first result back to what it is made of, then from the second.
-    for _, value, merged, at in sorted(sums):
+    for _, value, merged, before in sorted(sums):
         axes = layout.partial_axes(graph.values[value].producer)
-        key = (axes, layout.scatters(value, axes, reads.get(value, set())), merged, at)
-        pieces = shard_count(layout.partial(value), layout.mesh)
-        add(key, value, [], pieces * layout.mesh.size(axes) if key[1] else pieces)
+        scatters = layout.scatters(value, axes, reads.get(value, set()))
+        pieces = shard_count(layout.partial(value), layout.mesh) * (layout.mesh.size(axes) if scatters else 1)
+        add((axes, merged, before), value, [], pieces, scatters=scatters)
     for (value, spec, _), (at, ops) in read.items():
+        shards = shard_count(spec, layout.mesh)
         first = next(hop.step for hop in layout.way(value, spec) if hop.step is not None)
-        key = (first[0], first[1], None if regions.merged_copies[value] else at)
-        add(key, value, [(value, op) for op in ops], shard_count(spec, layout.mesh))
+        add((*first[:2], None if regions.merged_copies[value] else at), value, [(value, op) for op in ops], shards)
     return [Move(values=tuple(g.values), readers=tuple(g.readers), scatters=g.scatters) for g in made]
 
 
