@@ -68,7 +68,7 @@ class Body:
         return self.count + 2 * move
 
     def order(self) -> list[int]:
-        """What runs, in order: ops; ~(2 * move) for its start, one less for its end; ~(2 * moves + op) for its zeros."""
+        """What runs, in order: ops; ~(2 * move) for its start, one less for its end; ~(2 * moves + op) for zeros."""
         kernels = self._kernels()
         reducing = _NOTHING.union(*(self.reads[i] for i in range(self.count) if self.reduces[i]))
         heads = list(kernels)

@@ -143,8 +143,7 @@ def test_a_budget_is_kept_and_found_where_there_is_one(
 ) -> None:
     """Against trying everything: what fits is found, and what is found fits."""
     problem = small_problem(picks, mesh)
-    times = lifetimes(problem.regions.graph)
-    memory = MemoryModel(problem.regions, times, family_keys(problem.regions))
+    memory = MemoryModel(problem.regions, lifetimes(problem.regions.graph), family_keys(problem.regions))
     tried = [(memory.peak(layout_of(problem, c)).bytes, total_seconds(problem, c)) for c in choices(problem)]
     least, most = min(b for b, _ in tried), max(b for b, _ in tried)
     budget = least + share * (most - least)
@@ -153,10 +152,10 @@ def test_a_budget_is_kept_and_found_where_there_is_one(
     def exact(p: Problem, instants: Sequence[Instant]) -> Solution | None:
         return solve(p, instants=instants)
 
-    fit = solve_within(problem, budget, memory, times, exact, MOST_ROUNDS)
+    fit = solve_within(problem, budget, memory, exact, MOST_ROUNDS)
     assert fit is not None
     if not fit.fits:
-        fit = solve_priced(problem, budget, memory, times, exact, fit)
+        fit = solve_priced(problem, budget, memory, exact, fit)
     if fit.fits:
         assert fit.peak.bytes <= budget
         assert best * (1 - 2e-4) <= total_seconds(problem, fit.solution.choice)
