@@ -89,7 +89,7 @@ def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
     for (value, spec, _), (at, ops) in read.items():
         shards = shard_count(spec, layout.mesh)
         first = next(hop.step for hop in layout.way(value, spec) if hop.step is not None)
-        add((*first[:2], None if regions.merged_copies[value] else at), value, [(value, op) for op in ops], shards)
+        add((*first[:2], regions.merged_copies[value], at), value, [(value, op) for op in ops], shards)
     return [Move(values=tuple(g.values), readers=tuple(g.readers), scatters=g.scatters) for g in made]
 
 
