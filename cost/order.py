@@ -1,14 +1,9 @@
-"""The order in which the compiler runs the ops: as written, or each as late as its readers allow.
+"""The order in which the compiler runs the ops: as written, or as XLA:GPU's latency-hiding scheduler has it.
 
-XLA:GPU's latency-hiding scheduler (`xla/service/latency_hiding_scheduler.cc`) works from the end of a program to its
-start. An op that only just became possible would stall, so where something else waits that goes first; of what waits,
-what makes most other ops possible, then what is written last. Reductions are further results of the kernels that make
-what they reduce, the optimizer's updates wait for all sums over devices, which are few and large. Hence gradients of
-weights, which nothing on the way back waits for, run long after the activations that they read are made, and those stay
-in memory until then. XLA:CPU keeps nearly to the order of the program. The bodies of loops and branches are scheduled
-by themselves, each where its loop stands. Which collectives there are depends on the sharding and is not looked at:
-where many are on the way back (tensor parallelism), gradients of weights run earlier than this says, while those are
-waited for.
+That works from the end of a program to its start (`ffjax.cost.latency_hiding`), on kernels and collectives
+(`ffjax.cost.body`). XLA:CPU keeps nearly to the order of the program. The bodies of loops and branches are scheduled by
+themselves, each where its loop stands. Without the collectives of a layout the schedule is one where none holds up
+another.
 """
 
 from __future__ import annotations
