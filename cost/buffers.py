@@ -118,11 +118,16 @@ def _keep_expensive(graph: Graph, in_memory: list[bool], readers: list[list[int]
     A kernel that only maps elements computes it again; one that also reduces (a bias's gradient) gets no more to do.
     """
     # For each value the kernels that read it.
-    kernels: list[frozenset[int]] = [frozenset()] * len(graph.values)
+    kernels: list[set[int]] = [set() for _ in graph.values]
     for op in reversed(graph.ops):
-        own = frozenset([op.id])
+        own = {op.id}
         fused = maps[op.id] and not any(in_memory[v] for v in op.results)
-        reading = frozenset[int]().union(*(kernels[v] for v in op.results)) if fused else own
+        if not fused:
+            reading = own
+        elif len(op.results) == 1:
+            reading = kernels[op.results[0]]
+        else:
+            reading = set[int]().union(*[kernels[v] for v in op.results])
         if op.kind in _EXPENSIVE and len(reading) > 1 and any(_reduces(graph, k, readers) for k in reading):
             for value in op.results:
                 in_memory[value] = True
@@ -130,7 +135,7 @@ def _keep_expensive(graph: Graph, in_memory: list[bool], readers: list[list[int]
         if len(reading) <= _FEW:
             for value in op.operands:
                 if value != NO_VALUE:
-                    kernels[value] |= reading
+                    kernels[value].update(reading)
 
 
 def _reduces(graph: Graph, kernel: int, readers: list[list[int]]) -> bool:

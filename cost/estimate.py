@@ -9,7 +9,7 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.memory import Peak
 from ffjax.cost.op_times import SOURCES, op_times
-from ffjax.cost.region_costs import Splits
+from ffjax.cost.region_costs import Splits, halo_seconds
 from ffjax.cost.simulation.simulator import Simulated
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.ir.layout import Layout
@@ -67,7 +67,8 @@ def estimate(
     times = op_times(model.cluster)
     for index, own in by_region.items():
         splits = Splits(layout.regions.regions[index], [layout.assignments[index]], model)
-        for source, seconds in times.by_source(own, splits).items():
+        copied_s = halo_seconds(layout.regions, layout.regions.regions[index], [layout.assignments[index]], model)[0]
+        for source, seconds in (*times.by_source(own, splits).items(), ("counted", copied_s)):
             compute_s += float(seconds[0])
             sources[source] = sources.get(source, 0.0) + float(seconds[0])
     totals: dict[tuple[CollectiveKind, tuple[str, ...]], list[float]] = {}

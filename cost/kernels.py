@@ -24,7 +24,7 @@ from ffjax.cost.work import Work, work_of
 from ffjax.ir import compat
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.op_kinds import is_light, is_reduction
-from ffjax.ir.regions import Dims, Region, Regions
+from ffjax.ir.regions import Dims, OpDims, Region, Regions
 
 _BORDERS = frozenset({"argument", "result", "enter", "exit"})
 _FREE = frozenset(
@@ -67,68 +67,97 @@ class Kernel:
     """What it does at which sizes, where that is more than its counts."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What ops that are alike, and alike in their dimensions, do."""
+
+    flops: float
+    dtype: str
+    iteration: tuple[int, ...]
+    work: Work
+    traffic: tuple[tuple[Dims, float], ...]
+    """Of an op that is not fused."""
+
+
 def kernels(regions: Regions) -> list[Kernel]:
     """The kernels of a program, in the order of its ops."""
     graph = regions.graph
-    in_memory = materialised(graph)
+    fused = fusible_ops(graph)
+    in_memory = materialised(graph, fused)
+    passes = _passes(graph, fused)
     made: list[Kernel] = []
-    passes = _passes(graph)
+    tasks: dict[tuple[int, int], _Task] = {}
     read: set[tuple[int, int, Dims, int]] = set()
     for region in regions.regions:
         for op_id, dims in zip(region.ops, region.dims, strict=True):
             op = graph.ops[op_id]
             if op.kind in _BORDERS or op.kind in _FREE:
                 continue
-            trips = graph.scopes[op.scope].trips
-            iteration = tuple(dict.fromkeys(a for v in dims.operands + dims.results for dim in v for a in dim))
-            if not fusible(op):
-                traffic = _work_traffic(graph, op, dims.operands, dims.results)
-                flops = op_flops(op, graph)
-            else:
-                if all(graph.values[v].constant for v in op.results):
-                    continue
+            inside = fused[op_id]
+            if inside and all(graph.values[v].constant for v in op.results):
+                continue
+            task = tasks.get((op.alike, id(dims)))
+            if task is None:
+                task = tasks[op.alike, id(dims)] = _task(graph, op, dims, fused=inside)
+            traffic = task.traffic
+            if inside:
                 fresh = _reads(regions, region, op_id, in_memory, passes, read)
                 writes = [
                     (port, graph.values[value].bytes)
                     for value, port in zip(op.results, dims.results, strict=True)
                     if in_memory[value]
                 ]
-                traffic = tuple(fresh + writes)
-                flops = op_flops(op, graph)
+                traffic = (*fresh, *writes)
                 if not traffic and op.kind not in _FLOPS_PER_ELEMENT:
                     continue
             made.append(
                 Kernel(
                     op=op_id,
                     region=region.id,
-                    trips=trips,
-                    flops=flops,
+                    trips=graph.scopes[op.scope].trips,
+                    flops=task.flops,
                     matmul=op.kind in MATMULS,
-                    dtype=_operand_dtype(graph, op),
-                    launches=1 if not fusible(op) or any(in_memory[v] for v in op.results) else 0,
+                    dtype=task.dtype,
+                    launches=1 if not inside or any(in_memory[v] for v in op.results) else 0,
                     traffic=traffic,
-                    iteration=iteration,
-                    work=work_of(graph, op, dims, fused=fusible(op)),
+                    iteration=task.iteration,
+                    work=task.work,
                 )
             )
     return sorted(made, key=lambda k: k.op)
 
 
-def _passes(graph: Graph) -> list[int]:
+def _task(graph: Graph, op: Op, dims: OpDims, *, fused: bool) -> _Task:
+    return _Task(
+        flops=op_flops(op, graph),
+        dtype=_operand_dtype(graph, op),
+        iteration=tuple(dict.fromkeys(a for v in dims.operands + dims.results for dim in v for a in dim)),
+        work=work_of(graph, op, dims, fused=fused),
+        traffic=() if fused else _work_traffic(graph, op, dims.operands, dims.results),
+    )
+
+
+def _passes(graph: Graph, fused: Sequence[bool]) -> list[int]:
     """For each op how many other kernels, one after the other, it waits for."""
     passes = [0] * len(graph.ops)
+    after = [0] * len(graph.values)
+    """The same of what reads a value."""
     for op in graph.ops:
+        before = 0
         for value in op.operands:
-            if value != NO_VALUE and not graph.values[value].constant:
-                producer = graph.ops[graph.values[value].producer]
-                passes[op.id] = max(passes[op.id], passes[producer.id] + _ends_a_pass(producer))
+            if value != NO_VALUE and not graph.values[value].constant and after[value] > before:
+                before = after[value]
+        passes[op.id] = before
+        before += _ends_a_pass(op, fused=fused[op.id])
+        for value in op.results:
+            after[value] = before
     return passes
 
 
-def _ends_a_pass(op: Op) -> bool:
+def _ends_a_pass(op: Op, *, fused: bool) -> bool:
     """Whether what reads an op's results is another kernel. Sums along rows are kept in one with what reads them."""
     if not is_reduction(op):
-        return not fusible(op)
+        return not fused
     if op.eqn is None or "axes" not in op.eqn.params:
         return True
     rank, axes = len(compat.shape_of(op.eqn.invars[0])), op.eqn.params["axes"]

@@ -127,6 +127,7 @@ def lifetimes(
     when: list[int] = runs.tolist()
     first = [when[v.producer] for v in graph.values]
     last = first.copy()
+    first_read = [end] * len(graph.values)
     stays = [False] * len(graph.values)
     untils = when.copy()
     replacing = {graph.outputs[r] for _, r in _replacing(graph)}
@@ -145,6 +146,7 @@ def lifetimes(
         for value in op.operands:
             if value != NO_VALUE:
                 last[value] = max(last[value], until)
+                first_read[value] = min(first_read[value], when[op.id])
     donated = _donated(graph)
     replaced = _replaced(graph)
     for position, op_id in enumerate(graph.arguments):

@@ -3,6 +3,7 @@
     live(t) = sum over values in memory at t                  of their local bytes
             + sum over reshardings alive at t                 of the copy's local bytes
             + sum over partial sums that wait to be reduced   of their local bytes
+            + images beside their neighbours' edges               of their local bytes, where a window slides over them
             + room for results that temporaries cannot use
 
 `ffjax.cost.lifetimes` says when each value is alive, under the order and the fusions of the platform's compiler;
@@ -23,6 +24,7 @@ from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.merged_remat import MERGED
 from ffjax.cost.moves import moves_of
 from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.halo import halos
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import Spec, shard_count
@@ -30,8 +32,8 @@ from ffjax.ir.spec import Spec, shard_count
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_PREFIX = ("", "copy of ", "partial sums of ", "room for ")
-_HOME, _COPY, _SUM, _ROOM = range(4)
+_PREFIX = ("", "copy of ", "partial sums of ", "room for ", "copy with edges of ")
+_HOME, _COPY, _SUM, _ROOM, _EDGES = range(5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,8 @@ class MemoryModel:
         """For each group of values one of them."""
         self.group = np.zeros(len(self.values), dtype=np.int64)
         for index, value in enumerate(self.values.tolist()):
-            key: Hashable = (family[regions.region_of[graph.values[value].producer]], regions.home[value])
+            made_in = family[regions.region_of[graph.values[value].producer]]
+            key: Hashable = (made_in, regions.home[value], regions.may_scatter(value))
             if key not in groups:
                 groups[key] = len(self.homes)
                 self.homes.append(value)
@@ -97,6 +100,8 @@ class MemoryModel:
             sums.setdefault(key, []).append(value)
         self.sums = [np.array(values, dtype=np.int64) for values in sums.values()]
         """Results that may be partial sums, by what is sharded alike."""
+        self.windows = [(op.id, op.operands[found[0].operand]) for op in graph.ops if (found := halos(op.eqn))]
+        """Ops that slide a window over an image, and the image."""
 
     def under(self, layout: Layout) -> MemoryModel:
         """The model with the schedule that the compiler makes for a layout's collectives."""
@@ -156,6 +161,11 @@ class MemoryModel:
             if copies_ and layout.partial_axes(producer):
                 made, until = np.array([times.summing(v, scattered=scattered) for v in reduced.tolist()]).T
                 held.add(_SUM, reduced, made, until, shard_count(partial, mesh) / copies_)
+        for op, image in self.windows:
+            if layout.exchanges(op):
+                spec = layout.operand(op, self.graph.ops[op].operands.index(image))
+                now = times.when[[op]]
+                held.add(_EDGES, np.array([image]), now, now, shard_count(spec, mesh))
         if compiler.results_apart:
             for value in times.new_results.tolist():
                 one, start, until = np.array([value]), np.zeros(1, dtype=np.int64), times.first[[value]] - 1
@@ -232,8 +242,8 @@ def _gathers_inside(source: Spec, target: Spec) -> bool:
 
 def possible_sums(regions: Regions) -> list[int]:
     """Values that are partial sums where what their op reduces over is split."""
-    first = [(region, regions.graph.ops[region.ops[0]].results) for region in regions.regions]
-    return [made[0] for region, made in first if region.solo and region.dims[0].reduced and len(made) == 1]
+    last = [(region, regions.graph.ops[region.ops[-1]].results) for region in regions.regions]
+    return [made[0] for region, made in last if region.solo and region.dims[-1].reduced and len(made) == 1]
 
 
 def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:

@@ -91,7 +91,7 @@ def _body(
     step_of: dict[int, int] = {}
     at = span.first
     while at <= span.last:
-        bodies = next((inside[s, at] for s in span.scopes if (s, at) in inside), [])
+        bodies = [body for s in span.scopes for body in inside.get((s, at), ())]
         items = [item for body in bodies for item in _body(graph, kernel, moves, inside, body)] or [at]
         ops = [item for item in items if item >= 0]
         step_of.update(dict.fromkeys(ops, len(steps)))

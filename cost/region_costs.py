@@ -2,6 +2,7 @@
 
     node(r, c) = sum over kernels k of r:  trips * seconds at the local shape (`ffjax.cost.op_times`)
                + sum over ops o of r that reduce over split atoms:  trips * collective(all_reduce | reduce_scatter)
+               + where o slides a window over an image that is cut: trips * (edges permuted + the image copied)
 
 A kernel's work is spread over every atom that it iterates over, reduced ones included.
 """
@@ -9,6 +10,7 @@ A kernel's work is spread over every atom that it iterates over, reduced ones in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +18,11 @@ from numpy.typing import NDArray
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.op_times import op_times
-from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.cost.roofline import op_seconds
+from ffjax.ir.assignment import UNUSED, Assignment, spec_of
+from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.regions import Dims, Region, Regions
+from ffjax.ir.spec import shard_count
 
 Floats = NDArray[np.float64]
 
@@ -34,6 +39,12 @@ class Splits:
             np.multiply.at(self.counts, (rows, atoms[:, axis]), float(size))
         self._cache: dict[tuple[int, ...], Floats] = {}
         self._distinct: dict[tuple[int, ...], tuple[Floats, NDArray[np.intp]]] = {}
+
+    def take(self, candidates: Sequence[int]) -> Splits:
+        """Those of some of the candidates."""
+        taken = Splits.__new__(Splits)
+        taken.counts, taken._cache, taken._distinct = self.counts[np.array(candidates, np.intp)], {}, {}
+        return taken
 
     def of(self, atoms: Sequence[int]) -> Floats:
         """For each candidate into how many pieces these atoms are split together."""
@@ -60,16 +71,23 @@ def compute_seconds(kernels: Sequence[Kernel], splits: Splits, model: Collective
     return op_times(model.cluster).seconds(kernels, splits)
 
 
-def reduction_seconds(
-    regions: Regions, region: Region, candidates: Sequence[Assignment], splits: Splits, model: CollectiveModel
-) -> Floats:
-    """For each candidate the seconds of the collectives that its partial sums need in one step."""
-    total = np.zeros(len(candidates))
+class Sums(NamedTuple):
+    """Sums of one region over the same atoms, of results that are split alike: how many in a step, of how many bytes.
+
+    Bytes are those of all results together, unsharded.
+    """
+
+    reduced: tuple[int, ...]
+    kept: tuple[int, ...]
+    merged: bool
+    runs: float
+    bytes: float
+
+
+def sums_of(regions: Regions, region: Region) -> list[Sums]:
+    """What a region reduces in one step, whatever its sharding."""
     reducing = [(op, d) for op, d in zip(region.ops, region.dims, strict=True) if d.reduced]
-    if not reducing:
-        return total
     graph = regions.graph
-    # What reduces over the same atoms and is split alike costs alike: add up bytes and counts first.
     groups: dict[tuple[tuple[int, ...], tuple[int, ...], bool], list[float]] = {}
     for op, dims in reducing:
         trips = graph.scopes[graph.ops[op].scope].trips
@@ -78,13 +96,49 @@ def reduction_seconds(
             entry = groups.setdefault(key, [0.0, 0.0])
             entry[0] += trips
             entry[1] += trips * graph.values[value].bytes
-    for (reduced, kept, merged), (count, size) in groups.items():
+    return [Sums(*key, count, size) for key, (count, size) in groups.items()]
+
+
+def reduction_seconds(
+    sums: Sequence[Sums], candidates: Sequence[Assignment], splits: Splits, model: CollectiveModel
+) -> Floats:
+    """For each candidate the seconds of the collectives that its partial sums need in one step."""
+    total = np.zeros(len(candidates))
+    for reduced, kept, merged, runs, size in sums:
         local = size / splits.of(kept)
         for index, candidate in enumerate(candidates):
             axes = tuple(n for n, a in zip(model.mesh.axes, candidate.atoms, strict=True) if a in reduced)
             if axes:
-                scatter = any(d != UNUSED for d in candidate.scatter)
+                to = zip(candidate.atoms, candidate.scatter, strict=True)
+                scatter = any(d != UNUSED for a, d in to if a in reduced)
                 alpha, beta = model.coefficients("reduce_scatter" if scatter else "all_reduce", axes)
-                share = model.share_of_one(local[index] / count) if merged else 1.0
-                total[index] += count * alpha * share + beta * local[index]
+                share = model.share_of_one(local[index] / runs) if merged else 1.0
+                total[index] += runs * alpha * share + beta * local[index]
     return total
+
+
+def halo_seconds(
+    regions: Regions, region: Region, candidates: Sequence[Assignment], model: CollectiveModel
+) -> tuple[Floats, Floats]:
+    """For each candidate the seconds in which pieces of an image get their neighbours' edges: to copy, to permute.
+
+    An image is copied to lie beside what its neighbours send.
+    """
+    copied, permuted = np.zeros(len(candidates)), np.zeros(len(candidates))
+    op = regions.graph.ops[region.ops[0]]
+    found = halos(op.eqn) if region.solo else ()
+    if not found:
+        return copied, permuted
+    value = regions.graph.values[op.operands[found[0].operand]]
+    trips = regions.graph.scopes[op.scope].trips
+    device = model.cluster.device
+    for index, candidate in enumerate(candidates):
+        spec = spec_of(region.dims[0].operands[found[0].operand], region.sizes, candidate, model.mesh)
+        if spec is None:
+            continue
+        local = value.bytes / shard_count(spec, model.mesh)
+        sent = exchanges(op.eqn, spec, model.mesh, local)
+        if sent:
+            copied[index] = trips * (op_seconds(0.0, 2 * local, "float32", device, matmul=False) + device.kernel_s)
+            permuted[index] = trips * sum(model.seconds(one) for one in sent)
+    return copied, permuted

@@ -68,24 +68,23 @@ def warn_if_batch_is_whole(regions: Regions, result: SearchResult, stacklevel: i
     axes = {a: n for a, n in result.best.mesh.as_dict().items() if n > 1}
     searched = {n for found in result.found for n in found.mesh.sizes if n > 1}
     names = named_dims(regions)
-    sizes = [names.sizes[d] for d in names.batch]
-    if not axes or not sizes or any(size % n == 0 for size in sizes for n in searched):
-        return
     graph = regions.graph
-    for op in graph.arguments:
-        for position, dim in enumerate(regions.ports[op].results[0]):
-            if any(names.is_batch(regions.region_of[op], atom) for atom in dim):
-                size = graph.values[graph.ops[op].results[0]].shape[position]
-                common = min(axes.values())
-                enough = math.ceil(size / common) * common
-                warnings.warn(
-                    f"the batch is not split: dimension {position} of {graph.ops[op].label} has size {size}, which no "
-                    f"axis of the mesh {axes} divides. Remedy: a batch of {enough}, or a mesh with an axis "
-                    f"that divides {size}.",
-                    FfjaxWarning,
-                    stacklevel=stacklevel,
-                )
-                return
+    batch = [
+        (graph.ops[op].label, position, graph.values[graph.ops[op].results[0]].shape[position])
+        for op in graph.arguments
+        for position, dim in enumerate(regions.ports[op].results[0])
+        if any(names.is_batch(regions.region_of[op], atom) for atom in dim)
+    ]
+    if not axes or not batch or any(size % n == 0 for *_, size in batch for n in searched):
+        return
+    label, position, size = batch[0]
+    common = min(axes.values())
+    warnings.warn(
+        f"the batch is not split: dimension {position} of {label} has size {size}, which no axis of the mesh {axes} "
+        f"divides. Remedy: a batch of {math.ceil(size / common) * common}, or a mesh with an axis that divides {size}.",
+        FfjaxWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def over_budget(result: SearchResult, budget_bytes: float, cluster: Cluster) -> BudgetError:

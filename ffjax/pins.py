@@ -126,7 +126,7 @@ def entries(spec: PartitionSpec) -> Spec:
 
 def _possible(regions: Regions, region: int, pins: Pins, mesh: MeshShape) -> bool:
     keep = keep_pins(regions, pins)
-    return keep is not None and bool(candidates(regions, regions.regions[region], mesh, None, keep(mesh)))
+    return keep is not None and bool(candidates(regions, regions.regions[region], mesh, keep(mesh)))
 
 
 def _listed(meshes: Sequence[MeshShape]) -> str:

@@ -95,9 +95,10 @@ class Finalist:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchReport:
-    """How the plan was found. `lower_bound_s` is proved for the plan's mesh; `gap` is the share above it.
+    """How the plan was found. `lower_bound_s` is proved for all plans on its mesh; `gap` is the plan's share above it.
 
-    Both are of a step in which nothing overlaps, as the search sees it.
+    Both are of the sum of costs that was minimised, in which a collective counts as far as it was taken to be exposed:
+    of a plan that another solution's overlap led to, less than its whole seconds.
     """
 
     seconds: dict[str, float]

@@ -125,17 +125,13 @@ def subject(graph: Graph, region: Region) -> tuple[str, str]:
 
 
 def _search_report(result: SearchResult, best: Found, seconds: dict[str, float]) -> SearchReport:
-    exact = best.exact
     return SearchReport(
         seconds={**seconds, "total": sum(seconds.values())},
-        algorithm=("integer linear program" if exact else "integer linear programs in neighbourhoods")
-        + f", {best.strategy}",
+        algorithm=f"{best.algorithm}, {best.strategy}",
         candidates=sum(len(n.candidates) for n in best.problem.nodes),
         lower_bound_s=best.bound_s,
-        gap=0.0 if best.step_s == 0 else (best.step_s - best.bound_s) / best.step_s,
-        stop="proved optimal for its mesh"
-        if exact and best.step_s - best.bound_s <= 1e-3 * best.step_s
-        else "no move improved",
+        gap=best.gap,
+        stop="proved optimal for its mesh" if best.gap <= 1e-3 else "no move improved",
         competitors=tuple(
             Competitor(
                 strategy=f.strategy, mesh=str(f.mesh), step_s=f.predicted_s, peak_bytes=f.peak.bytes, fits=f.fits

@@ -1,6 +1,18 @@
 """Candidates, named strategies and search. Importing this package registers the named strategies."""
 
-from ffjax.strategies import data_parallel, fsdp, fsdp_tensor_parallel, tensor_parallel
+from ffjax.strategies import (
+    data_parallel,
+    expert_parallel,
+    fsdp,
+    fsdp_tensor_parallel,
+    fsdp_tensor_parallel_sequence,
+    hsdp,
+    spatial,
+    tensor_parallel,
+    tensor_parallel_sequence,
+    zero1,
+    zero2,
+)
 from ffjax.strategies.base import Role, Strategy, all_strategies, named, register
 
 __all__ = [
@@ -8,9 +20,16 @@ __all__ = [
     "Strategy",
     "all_strategies",
     "data_parallel",
+    "expert_parallel",
     "fsdp",
     "fsdp_tensor_parallel",
+    "fsdp_tensor_parallel_sequence",
+    "hsdp",
     "named",
     "register",
+    "spatial",
     "tensor_parallel",
+    "tensor_parallel_sequence",
+    "zero1",
+    "zero2",
 ]

@@ -19,7 +19,12 @@ class Role(Enum):
 
     DATA = "the batch of activations; state stays whole"
     FSDP = "the batch of activations, and one dimension of every state array; gathered where it is used"
+    ZERO1 = "the batch of activations, and what only the optimizer uses; parameters and gradients stay whole"
+    ZERO2 = "the batch of activations, gradients as they are summed, and what only the optimizer uses"
     TENSOR = "anything but the batch; state that it splits is used where it is, never gathered"
+    SEQUENCE = "as TENSOR, and the sequence where no weights are at work: no activation stays whole"
+    EXPERT = "the batch of activations or their experts; the experts of weights, which are never gathered"
+    SPATIAL = "height or width of images; state stays whole"
     FREE = "anything"
 
 

@@ -1,12 +1,11 @@
-"""Solving within a memory budget, by adding the instants at which a solution would exceed it.
+"""What a solution takes of memory, and what is in memory at one instant as a function of the candidates.
 
-A linear program over all instants would be as long as the program. Only a few instants ever bind: solve, find the op at
-which most is live, bound memory there, and solve again.
+A bound at all instants would be as long as the program. Only a few instants ever bind: those at which solutions peak.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,21 +14,14 @@ from numpy.typing import NDArray
 from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel, Peak, possible_sums, sums_in_memory
 from ffjax.cost.merged_remat import MERGED
-from ffjax.ir.assignment import UNUSED
+from ffjax.ir.assignment import UNUSED, spec_of
+from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims
 from ffjax.ir.spec import shard_count
-from ffjax.strategies.ilp import Instant, Solution
+from ffjax.strategies.methods.base import Solution
+from ffjax.strategies.methods.ilp import Instant
 from ffjax.strategies.problem import Problem, assignments
-
-MOST_ROUNDS = 8
-_MARGIN = 0.98
-"""The share of the budget that a new instant may use, so that nearly equal instants next to it fit too."""
-
-_NEAR = 0.6
-"""The share of the budget from which on it matters how a layout's own collectives order the step: that takes longer."""
-
-Solver = Callable[[Problem, Sequence[Instant]], Solution | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +31,6 @@ class Fit:
     solution: Solution
     layout: Layout
     peak: Peak
-    times: Lifetimes
-    """The schedule under which that is the peak."""
     fits: bool
 
 
@@ -53,35 +43,10 @@ def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:
     )
 
 
-def solve_within(
-    problem: Problem,
-    budget_bytes: float,
-    memory: MemoryModel,
-    solver: Solver,
-    rounds: int = MOST_ROUNDS,
-) -> Fit | None:
-    """The fastest solution that fits, or the fastest of all (`fits` is False); None if there is no solution at all."""
-    instants: list[Instant] = []
-    fastest: Fit | None = None
-    for _ in range(rounds):
-        solution = solver(problem, instants)
-        if solution is None:
-            return fastest
-        found = fit_of(problem, solution, budget_bytes, memory)
-        if found.fits:
-            return found
-        fastest = fastest or found
-        instants.append(instant(problem, found.times, found.peak.instant, budget_bytes * _MARGIN))
-    return fastest
-
-
 def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: MemoryModel) -> Fit:
     layout = layout_of(problem, solution.choice)
     most = memory.peak(layout)
-    if most.bytes > budget_bytes * _NEAR:
-        memory = memory.under(layout)
-        most = memory.peak(layout)
-    return Fit(solution=solution, layout=layout, peak=most, times=memory.times, fits=most.bytes <= budget_bytes)
+    return Fit(solution=solution, layout=layout, peak=most, fits=most.bytes <= budget_bytes)
 
 
 def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) -> Instant:
@@ -91,14 +56,15 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
     """
     regions, graph = problem.regions, problem.regions.graph
     taken = times.bytes()
-    by_dims: dict[tuple[int, Dims], float] = {}
+    by_dims: dict[tuple[int, Dims, bool], float] = {}
     fixed = 0.0
 
     def hold(value: int, size: float) -> None:
         nonlocal fixed
         entry = graph.values[value]
         if entry.shape:
-            key = (problem.node_of[regions.region_of[entry.producer]], regions.home[value])
+            node = problem.node_of[regions.region_of[entry.producer]]
+            key = (node, regions.home[value], regions.may_scatter(value))
             by_dims[key] = by_dims.get(key, 0.0) + size
         else:
             fixed += size
@@ -111,10 +77,11 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
         if since <= at <= until:
             hold(value, float(taken[value]) * larger)
     node_bytes: dict[int, NDArray[np.float64]] = {}
-    for (node, dims), size in by_dims.items():
-        share = size / _home_splits(problem, node, dims)
+    for (node, dims, scatters), size in by_dims.items():
+        share = size / _home_splits(problem, node, dims, scatters=scatters)
         node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
     _add_sums(problem, times, taken, at, node_bytes)
+    _add_edges(problem, times, taken, at, node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
     for edge in regions.edges:
         if times.graph.ops[edge.op].kind == MERGED:
@@ -155,7 +122,7 @@ def _add_sums(
         for index, candidate in enumerate(entry.candidates):
             scatters = any(d != UNUSED for d in candidate.scatter)
             since, until = times.summing(value, scattered=scatters)
-            if any(a in region.dims[0].reduced for a in candidate.atoms) and since <= at <= until:
+            if any(a in region.dims[-1].reduced for a in candidate.atoms) and since <= at <= until:
                 copies[index] = sums_in_memory(times.compiler, scattered=scatters)
         if not copies.any():
             continue
@@ -163,11 +130,34 @@ def _add_sums(
         node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 
 
-def _home_splits(problem: Problem, node: int, dims: Dims) -> NDArray[np.float64]:
+def _add_edges(
+    problem: Problem,
+    times: Lifetimes,
+    taken: NDArray[np.float64],
+    at: int,
+    node_bytes: dict[int, NDArray[np.float64]],
+) -> None:
+    """Adds the images that lie beside their neighbours' edges under the candidates that cut them."""
+    regions, mesh = problem.regions, problem.mesh
+    for op in regions.graph.ops:
+        if times.when[op.id] != at or not (found := halos(op.eqn)):
+            continue
+        region = regions.regions[regions.region_of[op.id]]
+        node = problem.node_of[region.id]
+        image = regions.ports[op.id].operands[found[0].operand]
+        sizes = np.zeros(len(problem.nodes[node].candidates))
+        for index, candidate in enumerate(problem.nodes[node].candidates):
+            spec = spec_of(image, region.sizes, candidate, mesh)
+            if spec is not None and exchanges(op.eqn, spec, mesh, 1.0):
+                sizes[index] = taken[op.operands[found[0].operand]] / shard_count(spec, mesh)
+        node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
+
+
+def _home_splits(problem: Problem, node: int, dims: Dims, *, scatters: bool) -> NDArray[np.float64]:
     """For each candidate into how many pieces a value is split where it is made."""
     entry = problem.nodes[node]
     pieces = entry.splits.of_dims(dims).copy()
-    for index, candidate in enumerate(entry.candidates):
+    for index, candidate in enumerate(entry.candidates if scatters else ()):
         for axis, dim in enumerate(candidate.scatter):
             if dim != UNUSED:
                 pieces[index] *= problem.mesh.sizes[axis]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
 from ffjax.ir.compose import PERMUTATION
+from ffjax.ir.halo import Halo, halos
 from ffjax.ir.op_kinds import ends_in_its_sum
 from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.spec import MeshShape, divides
@@ -20,41 +21,44 @@ from ffjax.ir.spec import MeshShape, divides
 MOST_ATOMS = {0: 1, 1: 32, 2: 9, 3: 6}
 """How many atoms of a region are considered, the heaviest first, by number of mesh axes."""
 
-Allow = Callable[[Region, int, int], bool]
-"""Whether the axis of this index may split this atom of the region."""
 Keep = Callable[[Region, Sequence[Assignment]], list[Assignment]]
-"""Which of a region's candidates a strategy, or a user's pin, leaves."""
+"""Which of a region's candidates a user's pins leave."""
 
 
-def candidates(
-    regions: Regions, region: Region, mesh: MeshShape, allow: Allow | None = None, keep: Keep | None = None
-) -> list[Assignment]:
-    """All assignments of a region that `allow` and `keep` leave; the one that uses no axis first."""
+def candidates(regions: Regions, region: Region, mesh: MeshShape, keep: Keep | None = None) -> list[Assignment]:
+    """All assignments of a region that `keep` leaves; the one that uses no axis first."""
     atoms = considered(regions, region, len(mesh.sizes))
     single, reduced, result, shape = _sums(regions, region)
     options: list[list[tuple[int, int]]] = []
-    for axis, size in enumerate(mesh.sizes):
+    for size in mesh.sizes:
         own = [(UNUSED, UNUSED)]
         for atom in atoms:
             if region.sizes[atom] % size == 0 and size > 1:
                 own.append((atom, UNUSED))
                 if atom in reduced and single:
                     own += [(atom, dim) for dim, n in enumerate(shape) if n % size == 0]
-        if allow is not None:
-            own = [(a, d) for a, d in own if a == UNUSED or allow(region, a, axis)]
         options.append(own)
-    merged = _merged(region)
+    images = _images(regions, region)
     found = []
     for choice in itertools.product(*options):
         assignment = Assignment(tuple(a for a, _ in choice), tuple(d for _, d in choice))
-        if _written(region, assignment, mesh, merged) and _valid(region, assignment, mesh, reduced, result, shape):
+        if (
+            _written(region, assignment, mesh)
+            and _reached(images, assignment, mesh)
+            and _valid(region, assignment, mesh, reduced, result, shape)
+        ):
             found.append(assignment)
     return keep(region, found) if keep is not None else found
 
 
 def considered(regions: Regions, region: Region, axes: int) -> list[int]:
     """The atoms that can be split, those that index most bytes first if there are too many."""
-    atoms = [a for a in range(len(region.sizes)) if region.can_split(a) and not region.kinds[a] & PERMUTATION]
+    images = _images(regions, region)
+    atoms = [
+        a
+        for a in range(len(region.sizes))
+        if region.can_split(a) and (a in images or not region.kinds[a] & PERMUTATION)
+    ]
     limit = MOST_ATOMS.get(axes, 4)
     if len(atoms) <= limit:
         return atoms
@@ -75,34 +79,44 @@ def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh:
     atoms = set(assignment.atoms) - {UNUSED}
     if not all(0 <= a < len(region.sizes) and region.can_split(a) for a in atoms):
         return False
-    if any(region.kinds[a] & PERMUTATION for a in atoms):
+    images = _images(regions, region)
+    if any(region.kinds[a] & PERMUTATION and a not in images for a in atoms):
+        return False
+    if not _reached(images, assignment, mesh):
         return False
     single, reduced, result, shape = _sums(regions, region)
     for atom, dim in zip(assignment.atoms, assignment.scatter, strict=True):
         if dim != UNUSED and not (single and atom in reduced and 0 <= dim < len(shape)):
             return False
-    return _written(region, assignment, mesh, _merged(region)) and _valid(
-        region, assignment, mesh, reduced, result, shape
-    )
+    return _written(region, assignment, mesh) and _valid(region, assignment, mesh, reduced, result, shape)
 
 
 def _sums(regions: Regions, region: Region) -> tuple[bool, set[int], Dims, tuple[int, ...]]:
     """Whether partial sums may be scattered, over which atoms they are, and the result's dimensions and shape."""
     graph = regions.graph
-    first = graph.ops[region.ops[0]]
-    reduced = set(region.dims[0].reduced) if region.solo else set()
-    if not (region.solo and len(first.results) == 1 and ends_in_its_sum(first)):
+    last, dims = graph.ops[region.ops[-1]], region.dims[-1]
+    reduced = set(dims.reduced) if region.solo else set()
+    if not (region.solo and len(last.results) == 1 and ends_in_its_sum(last)):
         return False, reduced, (), ()
-    return True, reduced, region.dims[0].results[0], graph.values[first.results[0]].shape
+    return True, reduced, dims.results[0], graph.values[last.results[0]].shape
 
 
-def _merged(region: Region) -> set[Dims]:
-    """The views of a region's values that have a dimension of several factors."""
-    return {v for dims in region.dims for v in dims.operands + dims.results if any(len(dim) > 1 for dim in v)}
+def _images(regions: Regions, region: Region) -> dict[int, Halo]:
+    """The atoms of an image along which a window can run on pieces."""
+    if not region.solo:
+        return {}
+    image = region.dims[0].operands
+    found = halos(regions.graph.ops[region.ops[0]].eqn)
+    return {image[h.operand][h.dim][0]: h for h in found if image[h.operand][h.dim]}
 
 
-def _written(region: Region, assignment: Assignment, mesh: MeshShape, merged: set[Dims]) -> bool:
-    return all(spec_of(dims, region.sizes, assignment, mesh) is not None for dims in merged)
+def _reached(images: Mapping[int, Halo], assignment: Assignment, mesh: MeshShape) -> bool:
+    """Whether pieces of an image need nothing from beyond their neighbours."""
+    return all(h.fits(mesh.size(assignment.axes(atom, mesh))) for atom, h in images.items())
+
+
+def _written(region: Region, assignment: Assignment, mesh: MeshShape) -> bool:
+    return all(spec_of(dims, region.sizes, assignment, mesh) is not None for dims in region.merged)
 
 
 def _valid(

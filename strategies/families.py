@@ -8,9 +8,9 @@ same shape). A few rounds suffice: more would tell layer 3 from layer 4 by count
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
-from ffjax.ir.regions import Edge, Region, Regions
+from ffjax.ir.regions import Dims, Regions
 
 ROUNDS = 6
 
@@ -20,29 +20,40 @@ def family_keys(regions: Regions, marks: Mapping[int, str] | None = None, rounds
 
     `marks` tell regions apart that are alike but for what the user wants of them (a pin).
     """
-    colors = [_digest(_local(regions, r)) for r in regions.regions]
+    colors = _local_colors(regions)
     for region, mark in (marks or {}).items():
         colors[region] = _digest((colors[region], mark))
-    incoming: list[list[Edge]] = [[] for _ in regions.regions]
-    outgoing: list[list[Edge]] = [[] for _ in regions.regions]
-    for edge in regions.edges:
-        if edge.source != edge.target:
-            incoming[edge.target].append(edge)
-            outgoing[edge.source].append(edge)
+    # Where an edge leaves or enters is told by its dimensions; by how often, only for few edges: a trunk that all
+    # layers hang on is the same trunk in a deeper network. So edges between the same ends alike are one.
+    ends: dict[tuple[Dims, Dims], int] = {}
+    between = {
+        (e.source, e.target, ends.setdefault((e.source_dims, e.target_dims), len(ends)))
+        for e in regions.edges
+        if e.source != e.target
+    }
+    incoming: list[list[tuple[int, int]]] = [[] for _ in regions.regions]
+    outgoing: list[list[tuple[int, int]]] = [[] for _ in regions.regions]
+    for source, target, end in between:
+        incoming[target].append((end, source))
+        outgoing[source].append((end, target))
+    dims = list(ends)
     classes = len(set(colors))
     for _ in range(rounds):
-        colors = [
-            _digest(
-                (
-                    colors[r.id],
-                    # Where an edge leaves or enters is told by its dimensions; by how often, only for few edges: a
-                    # trunk that all layers hang on is the same trunk in a deeper network.
-                    sorted({(e.target_dims, e.source_dims, colors[e.source]) for e in incoming[r.id]}),
-                    sorted({(e.source_dims, e.target_dims, colors[e.target]) for e in outgoing[r.id]}),
+        known: dict[Hashable, str] = {}
+        before, colors = colors, []
+        for own, into, out in zip(before, incoming, outgoing, strict=True):
+            entering = frozenset([(end, before[r]) for end, r in into])
+            leaving = frozenset([(end, before[r]) for end, r in out])
+            key = own, entering, leaving
+            if key not in known:
+                known[key] = _digest(
+                    (
+                        own,
+                        sorted((dims[end][1], dims[end][0], color) for end, color in entering),
+                        sorted((*dims[end], color) for end, color in leaving),
+                    )
                 )
-            )
-            for r in regions.regions
-        ]
+            colors.append(known[key])
         if len(set(colors)) == classes:
             break
         classes = len(set(colors))
@@ -57,15 +68,29 @@ def members(keys: Sequence[str]) -> dict[str, list[int]]:
     return families
 
 
-def _local(regions: Regions, region: Region) -> tuple[object, ...]:
+def _local_colors(regions: Regions) -> list[str]:
+    """For each region a digest of what it is in itself."""
     graph = regions.graph
-    ops = []
-    for op, dims in zip(region.ops, region.dims, strict=True):
-        node = graph.ops[op]
-        dtypes = tuple(graph.values[v].dtype for v in node.results)
-        tied = node.kind in ("argument", "result")
-        ops.append((node.kind, tied, dims.operands, dims.results, dims.reduced, dtypes, graph.scopes[node.scope].trips))
-    return (region.sizes, region.kinds, tuple(ops))
+    trips = [scope.trips for scope in graph.scopes]
+    dtypes = [value.dtype for value in graph.values]
+    # Regions of alike ops share most of their dimensions as objects, by which they are told apart faster.
+    known: dict[Hashable, str] = {}
+    colors = []
+    for region in regions.regions:
+        ops = [
+            (node.kind, id(dims), tuple([dtypes[v] for v in node.results]), trips[node.scope])
+            for op, dims in zip(region.ops, region.dims, strict=True)
+            for node in (graph.ops[op],)
+        ]
+        key = region.sizes, region.kinds, tuple(ops)
+        if key not in known:
+            content = tuple(
+                (kind, kind in ("argument", "result"), dims.operands, dims.results, dims.reduced, made, often)
+                for (kind, _, made, often), dims in zip(ops, region.dims, strict=True)
+            )
+            known[key] = _digest((region.sizes, region.kinds, content))
+        colors.append(known[key])
+    return colors
 
 
 def _digest(content: object) -> str:

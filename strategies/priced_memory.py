@@ -17,68 +17,104 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel
-from ffjax.strategies.budget import Fit, Solver, fit_of, instant
-from ffjax.strategies.ilp import Instant
+from ffjax.strategies.budget import Fit, fit_of, instant
+from ffjax.strategies.methods.ilp import Instant
+from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.problem import Problem, total_seconds
 
 _CHEAPEST, _DEAREST = 0.01, 30.0
 """Prices of all memory, in steps, between which the bisection looks."""
-_HALVINGS = 6
+_HALVINGS = 5
 _ROUNDS, _PATIENCE = 10, 2
 """Of minimising bytes alone: at most so many, and so many without a lower peak end it."""
 _TIE_BREAK = 1e-3
 """Weight of a step's time against all memory where memory is minimised."""
+_PRICED_GAP, _PRICED_SWEEPS = 1e-3, 12
+"""How well priced problems are solved: a price is a guess itself."""
 
 
-def solve_priced(problem: Problem, budget_bytes: float, memory: MemoryModel, solver: Solver, free: Fit) -> Fit:
-    """A fast solution that fits; where none is found, one of nearly least peak memory (`fits` is False).
-
-    What is found to need least fits when it is asked for again with what it needs as the budget.
+def solve_within(
+    problem: Problem,
+    budget_bytes: float,
+    memory: MemoryModel,
+    times: Lifetimes,
+    solver: Solver,
+    starts: Sequence[Sequence[int]] = (),
+    *,
+    thorough: bool = True,
+) -> Fit | None:
+    """The fastest solution that fits, or one of nearly least peak memory (`fits` is False); None if there is none.
 
     Args:
-      problem: with all candidates that may save memory.
+      problem: on one mesh.
       budget_bytes: what one device may hold.
-      memory: of the program.
-      solver: solves a problem; it is given no instants.
-      free: the solution of the same problem whose memory costs nothing.
+      memory, times: of the program.
+      solver: of problems of this shape.
+      starts: choices that are known.
+      thorough: the gap is closed, and where nothing fits, how little would do is looked for.
     """
+    solution = solver.solve(problem, starts, prove=thorough)
+    if solution is None:
+        return None
+    found = fit_of(problem, solution, budget_bytes, memory)
+    return found if found.fits else _solve_priced(problem, budget_bytes, memory, times, solver, found, thorough)
+
+
+def _solve_priced(
+    problem: Problem,
+    budget_bytes: float,
+    memory: MemoryModel,
+    times: Lifetimes,
+    solver: Solver,
+    free: Fit,
+    thorough: bool,
+) -> Fit:
+    """Where the fastest solution, `free`, does not fit. What is found to need least fits when that is the budget."""
     step_s = max(total_seconds(problem, free.solution.choice), 1e-12)
-    # Solutions have schedules of their own: the op that runs names the instant.
-    instants = {free.peak.op: instant(problem, free.times, free.peak.instant, budget_bytes)}
-    played = Counter({free.peak.op: 1})
+    instants = {free.peak.instant: instant(problem, times, free.peak.instant, budget_bytes)}
+    played = Counter({free.peak.instant: 1})
     least = free
+    bound_s = free.solution.bound_s
 
     def solve_at(price: float) -> Fit | None:
-        nonlocal least
+        nonlocal least, bound_s
         weights = [(instants[at], n / played.total() * price * step_s / free.peak.bytes) for at, n in played.items()]
-        solution = solver(priced(problem, weights), ())
+        solution = solver.solve(priced(problem, weights), gap=_PRICED_GAP, sweeps=_PRICED_SWEEPS, prove=False)
         if solution is None:
             return None
-        # What is proved of seconds and bytes together says nothing of seconds alone.
-        found = fit_of(problem, dataclasses.replace(solution, bound_s=free.solution.bound_s), budget_bytes, memory)
+        # Lagrange: whatever fits pays no more for its bytes than for the whole budget.
+        allowed_s = sum(price * (budget_bytes - entry.fixed_bytes) for entry, price in weights)
+        bound_s = max(bound_s, solution.bound_s - allowed_s)
+        found = fit_of(problem, solution, budget_bytes, memory)
         if found.peak.bytes < least.peak.bytes:
             least = found
         if not found.fits:
-            played[found.peak.op] += 1
-            if found.peak.op not in instants:
-                instants[found.peak.op] = instant(problem, found.times, found.peak.instant, budget_bytes)
+            played[found.peak.instant] += 1
+            if found.peak.instant not in instants:
+                instants[found.peak.instant] = instant(problem, times, found.peak.instant, budget_bytes)
         return found
 
-    low, high = math.log(_CHEAPEST), math.log(_DEAREST)
     fitting: list[Fit] = []
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        found = solve_at(math.exp(middle))
-        if found is not None and found.fits:
-            fitting.append(found)
-            high = middle
-        else:
-            low = middle
+    dearest = solve_at(_DEAREST)
+    if dearest is not None and (dearest.fits or thorough):
+        low, high = math.log(_CHEAPEST), math.log(_DEAREST)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            found = solve_at(math.exp(middle))
+            if found is not None and found.fits:
+                fitting.append(found)
+                high = middle
+            else:
+                low = middle
+        if dearest.fits:
+            fitting.append(dearest)
     if fitting:
-        return min(fitting, key=lambda f: total_seconds(problem, f.solution.choice))
+        best = min(fitting, key=lambda f: total_seconds(problem, f.solution.choice))
+        return dataclasses.replace(best, solution=dataclasses.replace(best.solution, bound_s=bound_s))
     stale = 0
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if thorough else 1):
         before = least
         if solve_at(1 / _TIE_BREAK) is None or least.fits:
             break

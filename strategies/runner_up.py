@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ffjax.strategies.methods.moves import Moves
 from ffjax.strategies.problem import Problem
 
 
@@ -20,25 +21,14 @@ class RunnerUp:
 
 def runners_up(problem: Problem, choice: Sequence[int]) -> list[RunnerUp | None]:
     """For each node its runner-up, or None where there is no other candidate."""
-    total = [node.cost_s.copy() for node in problem.nodes]
-    for transfer in problem.transfers:
-        row = int(transfer.row_of[choice[transfer.source]])
-        targets = [int(c.column_of[choice[c.node]]) for c in transfer.consumers]
-        total[transfer.source] += transfer.seconds[:, list(set(targets))].sum(axis=1)[transfer.row_of]
-        for index, consumer in enumerate(transfer.consumers):
-            others = set(targets[:index] + targets[index + 1 :])
-            # A sharding that another consumer needs anyway is free.
-            price = transfer.seconds[row].copy()
-            price[list(others)] = 0.0
-            if consumer.node != transfer.source:
-                total[consumer.node] += price[consumer.column_of]
+    moves = Moves(problem, choice)
     found: list[RunnerUp | None] = []
-    for seconds, chosen in zip(total, choice, strict=True):
-        if len(seconds) == 1:
+    for node, chosen in enumerate(choice):
+        rest = moves.extra(node).copy()
+        if len(rest) == 1:
             found.append(None)
             continue
-        rest = seconds.copy()
         rest[chosen] = np.inf
         best = int(np.argmin(rest))
-        found.append(RunnerUp(candidate=best, extra_s=float(rest[best] - seconds[chosen])))
+        found.append(RunnerUp(candidate=best, extra_s=float(rest[best])))
     return found

@@ -1,13 +1,12 @@
 """The search: all named strategies and the free space, on all meshes that make sense, within a memory budget.
 
 1. Every named strategy that has a use for a mesh is solved on every mesh; restricted problems are small.
-2. On the meshes where they did best the free problem is solved: exactly (`ilp.solve`), or, where it is too large for
-   that, in neighbourhoods of the best named solutions (`neighbourhood`).
-3. Where that does not fit, memory is given a price (`priced_memory`), which also finds what budget would do.
-4. The answer is the fastest that fits. The free space contains every strategy, so it is never worse than the best of
-   them under the same costs; where only neighbourhoods were searched, the strategies themselves still compete.
-5. A sum of costs sees no overlap. Where collectives run beside kernels the fastest few are simulated, and the fastest
-   of those in the simulator is the answer.
+2. On the meshes where they did best the free problem is solved to a proved gap (`methods/solver.py`), from where they
+   ended. A sum of costs sees no overlap, so where collectives run beside kernels it is solved for several guesses of
+   how much is hidden (`overlap`).
+3. What does not fit is solved again with a price on memory (`priced_memory`), which also finds what budget would do.
+4. Solutions are simulated, and the fastest that fits is refined over the simulator (`methods/refinement.py`): never
+   worse than the best named strategy.
 """
 
 from __future__ import annotations
@@ -21,36 +20,32 @@ from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.compilers import compiler_of
 from ffjax.cost.kernels import Kernel, by_family, kernels
-from ffjax.cost.lifetimes import lifetimes
+from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.memory import MemoryModel, Peak
 from ffjax.cost.simulation.simulator import Simulated, Simulator
-from ffjax.cost.simulation.task_graph import build_task_graph
+from ffjax.cost.simulation.task_graph import TaskGraph, build_task_graph
 from ffjax.ir.dims import named_dims
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
-from ffjax.strategies.budget import MOST_ROUNDS, Fit, Solver, solve_within
+from ffjax.strategies.budget import layout_of
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
-from ffjax.strategies.ilp import Instant, Solution, solve
-from ffjax.strategies.neighbourhood import solve_near
-from ffjax.strategies.priced_memory import solve_priced
-from ffjax.strategies.problem import Problem, build_problem, total_seconds
-from ffjax.strategies.prune import prune
-from ffjax.strategies.roles import Roles
+from ffjax.strategies.methods.refinement import Refinement
+from ffjax.strategies.methods.solver import Solver
+from ffjax.strategies.overlap import Exposed, all_hidden, observed, overlapped
+from ffjax.strategies.priced_memory import solve_within
+from ffjax.strategies.problem import Problem, build_problem, choice_of, total_seconds, wiring_of
+from ffjax.strategies.roles import Roles, lacking
+from ffjax.strategies.usage import Usage
 
-EXACT_CELLS = 150_000
-"""Resharding variables up to which the free problem is solved exactly."""
-LEAN_CELLS = 2_000
-"""The same where memory is short: with bytes as a constraint or, many times over, in the objective."""
 MOST_AXES = 2
 """Of the meshes that are tried when none is given."""
-FREE_MESHES = 2
+FREE_MESHES = 3
 """On how many meshes, beside the one with a single axis, the free problem is solved."""
-
-SIMULATED = 6
-"""How many plans are simulated before the fastest is taken, beside the best of each strategy."""
+OBSERVED = 3
+"""How often at most it is solved again with collectives as exposed as they are in the best plan there."""
 
 AUTO = "auto"
 
@@ -62,16 +57,27 @@ class Found:
     strategy: str
     mesh: MeshShape
     step_s: float
+    """Its seconds if nothing overlapped: a sum of costs."""
+    objective_s: float
     bound_s: float
+    """What was minimised, and what no choice in the same space can be below: the sum, or a part of what can overlap.
+
+    A refined plan has those of the solve that it came from.
+    """
     peak: Peak
     fits: bool
-    exact: bool
+    algorithm: str
     seconds: float
     problem: Problem
     choice: tuple[int, ...]
     layout: Layout
     simulated: Simulated | None = None
     """With overlap; None where it was not simulated."""
+
+    @property
+    def gap(self) -> float:
+        """By what share of itself the objective may be above the optimum."""
+        return (self.objective_s - self.bound_s) / self.objective_s if self.objective_s > 0 else 0.0
 
     @property
     def predicted_s(self) -> float:
@@ -137,45 +143,44 @@ def search(
         raise ValueError(
             f"strategy {strategy!r} has no use for the meshes {', '.join(map(str, meshes))}; give it one with more axes"
         )
+    lacks = {s.name: lacking(search_.usage, roles) for s, _, roles in pairs}
+    pairs = [pair for pair in pairs if not lacks[pair[0].name]]
+    if not pairs and strategy != AUTO:
+        raise ValueError(f"strategy {strategy!r} is for programs that have {lacks[strategy]}; take another one")
     found: list[Found] = []
     for done, (entry, mesh, roles) in enumerate(pairs):
         if progress:
             progress(f"{entry.name} on {mesh}", 0.5 * done / len(pairs))
-        result = search_.restricted(entry, mesh, roles, alone=strategy != AUTO)
-        if result is not None:
-            found.append(result)
+        found += search_.restricted(entry, mesh, roles, alone=strategy != AUTO)
     restricted = time.perf_counter()
     if strategy == AUTO:
         chosen = _promising(found, meshes)
         for done, mesh in enumerate(chosen):
             if progress:
                 progress(f"free search on {mesh}", 0.5 + 0.5 * done / len(chosen))
-            result = search_.free(mesh, [f for f in found if f.mesh == mesh])
-            if result is not None:
-                found.append(result)
+            found += search_.free(mesh, [f for f in found if f.mesh == mesh])
+    solved = time.perf_counter()
+    if strategy == AUTO and cluster.async_collectives:
+        if progress:
+            progress("refinement", 1.0)
+        found += search_.refined(found)
     if not found:
         raise ValueError(f"no candidate is left for strategy {strategy!r} on any mesh; loosen the pins")
-    finished = time.perf_counter()
     fitting = [f for f in found if f.fits]
-    if fitting and cluster.async_collectives:
-        if progress:
-            progress("simulates the fastest", 1.0)
-        simulated = search_.simulated(fitting)
-        found = [simulated.get(id(f), f) for f in found]
-        best = min(simulated.values(), key=lambda f: f.predicted_s)
-    else:
-        best = min(fitting, key=lambda f: f.step_s) if fitting else min(found, key=lambda f: f.peak.bytes)
-    # Of the best the peak is that of its own schedule; for all that would take long.
-    scheduled = dataclasses.replace(best, peak=search_.memory.under(best.layout).peak(best.layout))
-    found = [scheduled if f is best else f for f in found]
+    best = min(fitting, key=lambda f: f.predicted_s) if fitting else min(found, key=lambda f: f.peak.bytes)
+    free = next((f for f in found if f.strategy == AUTO and f.mesh == best.mesh), None)
+    if best.strategy != AUTO and free is not None:
+        # What was proved of the strategy alone is little: what counts is the whole space.
+        best = dataclasses.replace(best, objective_s=best.step_s, bound_s=min(free.bound_s, best.step_s))
+    finished = time.perf_counter()
     seconds = {
         "analyse": analysed - began,
         "named strategies": restricted - analysed,
-        "free search": finished - restricted,
-        "simulate": time.perf_counter() - finished,
+        "free search": solved - restricted,
+        "refine": finished - solved,
     }
     return SearchResult(
-        best=scheduled,
+        best=best,
         found=tuple(found),
         seconds=seconds,
         keys=tuple(search_.keys),
@@ -195,7 +200,7 @@ def _promising(found: Sequence[Found], meshes: Sequence[MeshShape]) -> list[Mesh
 
     def score(mesh: MeshShape) -> tuple[bool, float]:
         here = [f for f in found if f.mesh == mesh]
-        return min(((not f.fits, f.step_s) for f in here), default=(True, float("inf")))
+        return min(((not f.fits, f.predicted_s) for f in here), default=(True, float("inf")))
 
     ranked = sorted(meshes, key=score)
     single = [m for m in meshes if len(m.axes) == 1]
@@ -220,105 +225,132 @@ class _Search:
         self.keys = family_keys(regions, marks)
         self.kernels = kernels(regions)
         self.by_family = by_family(self.kernels, self.keys)
-        self.dims = named_dims(regions)
-        times = lifetimes(regions.graph, compiler_of(cluster.device.platform))
-        self.memory = MemoryModel(regions, times, self.keys)
+        self.wiring = wiring_of(regions, self.keys)
+        self.usage = Usage(regions, named_dims(regions))
+        self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
+        self.memory = MemoryModel(regions, self.times, self.keys)
+        self._tasks: TaskGraph | None = None
+        self._problems: dict[MeshShape, Problem] = {}
+        self._simulators: dict[MeshShape, Simulator] = {}
 
-    def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> Found | None:
-        """The best plan of a named strategy on one mesh; one that stands alone is made to fit if it can."""
+    def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> list[Found]:
+        """The best plan of a named strategy on one mesh, if it has any there."""
         began = time.perf_counter()
-        rules = Roles(self.regions, self.dims, mesh, roles)
-        pins = self.keep(mesh) if self.keep is not None else None
-        keep = _both(rules.keep(), pins)
-        model = CollectiveModel(mesh, self.cluster)
-        problem = build_problem(self.regions, self.keys, self.by_family, model, rules.allow(), keep)
-        if any(not node.candidates for node in problem.nodes):
-            return None
-        allowed = rules.forbid(problem)
-        fit = solve_within(allowed, self.budget_bytes, self.memory, _solve)
-        if alone and fit is not None and not fit.fits:
-            fit = self._priced(allowed, _solve, fit)
-        return self._found(strategy.name, problem, fit, exact=True, began=began)
+        problem = Roles(self.usage, mesh, roles).within(self._problem(mesh))
+        if problem is None:
+            return []
+        found = self._solved(strategy.name, problem, (), None, Solver(), thorough=alone, began=began)
+        return [] if found is None else [found]
 
-    def free(self, mesh: MeshShape, starts: Sequence[Found]) -> Found | None:
-        """The best plan of the whole space on one mesh."""
+    def free(self, mesh: MeshShape, named_: Sequence[Found]) -> list[Found]:
+        """Plans of the whole space on one mesh, the first never worse than the named ones there if nothing overlaps."""
         began = time.perf_counter()
-        pins = self.keep(mesh) if self.keep is not None else None
-        model = CollectiveModel(mesh, self.cluster)
-        problem = build_problem(self.regions, self.keys, self.by_family, model, None, pins)
-        if any(not node.candidates for node in problem.nodes):
-            return None
-        cells = sum(t.seconds.size * len(t.consumers) for t in problem.transfers)
-        exact = cells <= EXACT_CELLS or not starts
+        problem = self._problem(mesh)
+        starts = [c for f in named_ if (c := choice_of(problem, f.layout.assignments)) is not None]
+        solver, found = Solver(), list[Found]()
 
-        def near(p: Problem, instants: Sequence[Instant]) -> Solution | None:
-            return solve_near(p, [s.layout.assignments for s in starts], instants)
+        def solve(exposed: Exposed | None) -> Found | None:
+            nonlocal began
+            one = self._solved(AUTO, problem, starts, exposed, solver, thorough=exposed is None, began=began)
+            began = time.perf_counter()
+            if one is None or one.choice in [f.choice for f in found]:
+                return None
+            found.append(one)
+            return one
 
-        solver = _solve if exact else near
-        pruned, _ = prune(problem)
-        lean = cells <= LEAN_CELLS or not starts
-        rounds = MOST_ROUNDS if lean else 1
-        fit = solve_within(pruned, self.budget_bytes, self.memory, solver, rounds)
-        if fit is not None and not fit.fits:
-            # Pruning looks at time alone: what it dropped may be what fits.
-            where = [{c: i for i, c in enumerate(node.candidates)} for node in problem.nodes]
-            kept = [node.candidates[c] for node, c in zip(pruned.nodes, fit.solution.choice, strict=True)]
-            choice = tuple(index[c] for index, c in zip(where, kept, strict=True))
-            fit = dataclasses.replace(fit, solution=dataclasses.replace(fit.solution, choice=choice))
-            pruned, fit = problem, self._priced(problem, _solve if lean else near, fit)
-        return self._found(AUTO, pruned, fit, exact=exact, began=began)
+        solve(None)
+        if not self.cluster.async_collectives or not any(f.fits for f in found):
+            return found
+        solve(all_hidden(problem))
+        for _ in range(OBSERVED):
+            best = min((f for f in [*named_, *found] if f.fits), key=lambda f: f.predicted_s)
+            self._simulated(best.layout)
+            one = solve(observed(problem, self._simulator(mesh)))
+            if one is None or one.predicted_s >= best.predicted_s:
+                break
+        return found
 
-    def simulated(self, fitting: Sequence[Found]) -> dict[int, Found]:
-        """The fastest few, and of each strategy the fastest, as the simulator has them; equal ones once.
+    def refined(self, found: Sequence[Found]) -> list[Found]:
+        """The fastest plan that fits, if the simulator finds a better one near it."""
+        began = time.perf_counter()
+        start = min((f for f in found if f.fits), key=lambda f: f.predicted_s, default=None)
+        if start is None:
+            return []
+        problem = self._problem(start.mesh)
+        choice = choice_of(problem, start.layout.assignments)
+        free = start if start.strategy == AUTO else next((f for f in found if f.problem is problem), None)
+        if choice is None or free is None:
+            return []
+        method = Refinement(
+            self._simulator(start.mesh),
+            lambda c: self.memory.peak(layout_of(problem, c)).bytes <= self.budget_bytes,
+        )
+        solution = method.solve(problem, [choice])
+        if solution is None or solution.choice == choice:
+            return []
+        layout = layout_of(problem, solution.choice)
+        return [
+            dataclasses.replace(
+                free,
+                step_s=total_seconds(problem, solution.choice),
+                peak=self.memory.peak(layout),
+                fits=True,
+                algorithm=f"{free.algorithm}, {method.name}",
+                seconds=time.perf_counter() - began,
+                choice=solution.choice,
+                layout=layout,
+                simulated=self._simulated(layout),
+            )
+        ]
 
-        Each by the identity of what it was.
-        """
-        distinct: dict[tuple[str, str], Found] = {}
-        first: dict[str, Found] = {}
-        for f in sorted(fitting, key=lambda f: f.step_s):
-            one = distinct.setdefault((f"{f.step_s:.6g}", f"{f.peak.bytes:.6g}"), f)
-            first.setdefault(f.strategy, one)
-        chosen = {id(f): f for f in [*list(distinct.values())[:SIMULATED], *first.values()]}
-        tasks = build_task_graph(self.regions, self.kernels)
-        simulators: dict[MeshShape, Simulator] = {}
-        result: dict[int, Found] = {}
-        for f in chosen.values():
-            if f.mesh not in simulators:
-                model = CollectiveModel(f.mesh, self.cluster)
-                simulators[f.mesh] = Simulator(self.regions, self.kernels, model, tasks=tasks)
-            ran = simulators[f.mesh].run(f.layout.assignments)
-            result[id(f)] = dataclasses.replace(f, simulated=ran)
-        return result
+    def _problem(self, mesh: MeshShape) -> Problem:
+        """The whole space on a mesh, but for what pins leave out."""
+        if mesh not in self._problems:
+            pins = self.keep(mesh) if self.keep is not None else None
+            model = CollectiveModel(mesh, self.cluster)
+            self._problems[mesh] = build_problem(self.regions, self.keys, self.by_family, model, pins, self.wiring)
+        return self._problems[mesh]
 
-    def _priced(self, problem: Problem, solver: Solver, fit: Fit) -> Fit:
-        return solve_priced(problem, self.budget_bytes, self.memory, solver, fit)
-
-    def _found(self, name: str, problem: Problem, fit: Fit | None, *, exact: bool, began: float) -> Found | None:
+    def _solved(
+        self,
+        name: str,
+        problem: Problem,
+        starts: Sequence[Sequence[int]],
+        exposed: Exposed | None,
+        solver: Solver,
+        *,
+        thorough: bool,
+        began: float,
+    ) -> Found | None:
+        objective = problem if exposed is None else overlapped(problem, exposed)
+        fit = solve_within(objective, self.budget_bytes, self.memory, self.times, solver, starts, thorough=thorough)
         if fit is None:
             return None
-        step_s = total_seconds(problem, fit.solution.choice)
-        bound_s = fit.solution.bound_s if exact else sum(float(n.cost_s.min()) for n in problem.nodes)
+        choice = fit.solution.choice
+        objective_s = total_seconds(objective, choice)
         return Found(
             strategy=name,
             mesh=problem.mesh,
-            step_s=step_s,
-            bound_s=min(bound_s, step_s),
+            step_s=total_seconds(problem, choice),
+            objective_s=objective_s,
+            bound_s=min(fit.solution.bound_s, objective_s),
             peak=fit.peak,
             fits=fit.fits,
-            exact=exact,
+            algorithm=fit.solution.status,
             seconds=time.perf_counter() - began,
             problem=problem,
-            choice=fit.solution.choice,
+            choice=choice,
             layout=fit.layout,
+            simulated=self._simulated(fit.layout) if fit.fits and self.cluster.async_collectives else None,
         )
 
+    def _simulated(self, layout: Layout) -> Simulated:
+        return self._simulator(layout.mesh).run(layout.assignments)
 
-def _solve(problem: Problem, instants: Sequence[Instant]) -> Solution | None:
-    return solve(problem, instants=instants)
-
-
-def _both(first: Keep | None, second: Keep | None) -> Keep | None:
-    if first is None or second is None:
-        return first or second
-    # A pin is stronger than a strategy: the strategy chooses among what the pin leaves.
-    return lambda region, found: first(region, second(region, found)) if second(region, found) else []
+    def _simulator(self, mesh: MeshShape) -> Simulator:
+        if self._tasks is None:
+            self._tasks = build_task_graph(self.regions, self.kernels)
+        if mesh not in self._simulators:
+            model = CollectiveModel(mesh, self.cluster)
+            self._simulators[mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)
+        return self._simulators[mesh]

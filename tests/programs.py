@@ -29,8 +29,8 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     static_argnums: tuple[int, ...] = ()
     donate_argnums: tuple[int, ...] = ()
-    carries: int | None = None
-    """The argument that the first result replaces in the next step, if there are to be several."""
+    carries: int | tuple[int, ...] | None = None
+    """The arguments that the first results replace in the next step, if there are to be several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +281,32 @@ def switch_under_grad() -> Case:
         return descend(params, loss_fn)
 
     return Case(step=step, args=({"a": weights(16, 16), "b": weights(16, 16, seed=2)}, values(8, 16), jnp.int32(1)))
+
+
+@program()
+def cond_with_a_literal_in_one_branch() -> Case:
+    """A skipped step hands on a zero that no equation makes."""
+
+    def step(state: dict[str, Array], x: Array) -> tuple[Any, Array]:
+        loss = (jnp.tanh(x @ state["w"]) ** 2).mean()
+        skipped = {"w": state["w"], "good": jnp.int32(0)}
+        grown = {"w": state["w"] * 0.9, "good": state["good"] + 1}
+        return jax.lax.cond(loss > 0.1, lambda: grown, lambda: {**skipped, "good": jnp.int32(0)}), loss
+
+    return Case(step=step, args=({"w": weights(16, 16), "good": jnp.int32(3)}, values(8, 16)), carries=0)
+
+
+@program()
+def while_loop_of_each_example() -> Case:
+    """Under `vmap` the test is one for each example, and examples that are done stay as they are."""
+
+    def step(w: Array, x: Array) -> Array:
+        def shrink(h: Array) -> Array:
+            return jax.lax.while_loop(lambda c: jnp.abs(c @ w).max() > 0.5, lambda c: c * 0.7, h)
+
+        return jax.vmap(shrink)(x)
+
+    return Case(step=step, args=(weights(16, 16), values(8, 16)))
 
 
 @program()
@@ -546,6 +572,44 @@ def debug_prints() -> Case:
     return Case(step=step, args=(weights(16, 16), values(8, 16)))
 
 
+@program(warns="come in any order")
+def ordered_prints() -> Case:
+    """An order that JAX keeps on one device only."""
+
+    def step(w: Array, x: Array) -> Array:
+        def body(h: Array, i: Array) -> tuple[Array, Array]:
+            jax.debug.print("trip {i}", i=i, ordered=True)
+            return jnp.tanh(h @ w), h.mean()
+
+        return jax.lax.scan(body, x, jnp.arange(3))[0]
+
+    return Case(step=step, args=(weights(16, 16), values(8, 16)))
+
+
+@program()
+def references() -> Case:
+    """Arrays that are written to in place, inside a loop."""
+
+    def step(w: Array, x: Array) -> Array:
+        total = jax.new_ref(jnp.zeros_like(x))
+
+        def body(i: Array, _: None) -> None:
+            total[...] = total[...] + jnp.tanh(x @ w) * i
+
+        jax.lax.fori_loop(0, 3, body, None)
+        return total[...]
+
+    return Case(step=step, args=(weights(16, 16), values(8, 16)))
+
+
+@program()
+def series_that_run_until_they_converge() -> Case:
+    def step(x: Array) -> tuple[Array, Array]:
+        return jax.scipy.special.gammainc(2.0, jnp.abs(x)), jax.scipy.special.betainc(1.5, 2.5, jax.nn.sigmoid(x))
+
+    return Case(step=step, args=(values(16, 16),))
+
+
 @program()
 def debug_callback_in_a_loop() -> Case:
     def step(w: Array, x: Array) -> Array:
@@ -649,6 +713,39 @@ def gather_and_scatter() -> Case:
         )
 
     return Case(step=step, args=(values(16, 16), jnp.arange(8) * 2 % 16, values(8, 16, seed=1)))
+
+
+@program()
+def rows_scattered_onto_a_matrix_as_large() -> Case:
+    """As many updates as rows: what is summed over and what indexes the sum are two factors of one size."""
+
+    def step(x: Array, rows: Array) -> Array:
+        return jnp.tanh(x).at[jnp.arange(16), rows].add(jnp.sin(x[:, 0]))
+
+    return Case(step=step, args=(values(16, 16), values(16, dtype="int32")))
+
+
+@program()
+def constants_that_several_read() -> Case:
+    """Padding of ones: made once, for readers that split it in two ways and for one that needs it whole."""
+
+    def step(w: Array, x: Array) -> tuple[Array, Array]:
+        mask = jnp.pad(jnp.ones((8, 16)), ((4, 4), (0, 0)))
+        h = (x * mask) @ w
+        return jnp.sort(h * mask, axis=1), jnp.sort(h.T * mask, axis=1) + mask[:, ::-1]
+
+    return Case(step=step, args=(weights(16, 16), values(16, 16)))
+
+
+@program()
+def greedy_choice_over_a_split_vocabulary() -> Case:
+    """The index of the largest is reduced beside the largest itself: it cannot be scattered."""
+
+    def step(w: Array, x: Array) -> tuple[Array, Array]:
+        chosen = (x @ w).argmax(-1)
+        return chosen, w.T[chosen] * 2
+
+    return Case(step=step, args=(weights(16, 64), values(16, 16)))
 
 
 @program()
@@ -767,6 +864,20 @@ def linear_algebra() -> Case:
 
 
 # --- dtypes --------------------------------------------------------------------------------------------------
+
+
+@program()
+def solved_by_conjugate_gradients() -> Case:
+    """A linear solve brings a loop of its own, also into its gradient."""
+
+    def step(w: Array, x: Array) -> tuple[Any, Array]:
+        def loss_fn(w: Array) -> Array:
+            solved, _ = jax.scipy.sparse.linalg.cg(lambda v: x.T @ (x @ v) + 4 * v, w, maxiter=5)
+            return (jnp.tanh(solved) ** 2).mean()
+
+        return descend(w, loss_fn)
+
+    return Case(step=step, args=(weights(16, 8), values(16, 16)))
 
 
 @program()
@@ -942,3 +1053,29 @@ def sizes_that_divide_by_nothing() -> Case:
 @program()
 def unused_arguments() -> Case:
     return Case(step=lambda w, x, unused: x @ w, args=(weights(16, 16), values(8, 16), {"y": values(8, 16)}))
+
+
+@program()
+def sums_of_contractions() -> Case:
+    """Gradients of one value through several weights, in a loop and outside, added, negated, scaled and transposed."""
+
+    def step(w: dict[str, Any], x: Array) -> tuple[Any, Array]:
+        def loss_fn(w: dict[str, Any]) -> Array:
+            def layer(h: Array, w: dict[str, Array]) -> tuple[Array, None]:
+                inner = jnp.sin(h)
+                query, key, value = (jnp.einsum("btd,dhk->bthk", inner, w[name]) for name in "qkv")
+                scores = jax.nn.softmax(jnp.einsum("bqhk,bshk->bhqs", query, key))
+                return h + jnp.einsum("bhqs,bshk,hkd->bqd", scores, value, w["o"]), None
+
+            h = jax.lax.scan(layer, x, w["layers"])[0]
+            routed, dense = jnp.sin(h), jnp.cos(h)
+            gates = jax.nn.softmax(routed @ w["router"])
+            queued = jnp.einsum("bte,btc,btd->ebcd", gates, x[..., :4], routed)
+            up, gate = dense @ w["up"], -(dense @ w["gate"]) / 2
+            return jnp.mean(queued**2) + jnp.mean((up * jnp.tanh(gate) + (dense @ w["more"] - up)) ** 2)
+
+        return descend(w, loss_fn)
+
+    layers = {name: weights(2, 16, 8, 4, seed=i) / 4 for i, name in enumerate("qkv")} | {"o": weights(2, 8, 4, 16) / 4}
+    dense = {name: weights(16, 32, seed=i) / 4 for i, name in enumerate(("up", "gate", "more"))}
+    return Case(step=step, args=({"layers": layers, "router": weights(16, 8)} | dense, values(8, 8, 16)))

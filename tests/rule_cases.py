@@ -271,7 +271,7 @@ row("conv_general_dilated strided kernel gradient", conv_gradient(strided, 1), f
 row("conv_general_dilated patches kernel gradient", conv_gradient(conv(window_strides=(4, 4)), 1), f32(4, 16, 8, 2),
     f32(4, 4, 2, 6))  # fmt: skip
 row("conv_general_dilated grouped kernel gradient", conv_gradient(conv(feature_group_count=2), 1), f32(4, 16, 8, 4),
-    f32(3, 3, 2, 8))  # fmt: skip
+    f32(3, 3, 2, 8), communicates={"o": halo, "p": halo})  # fmt: skip
 row("conv_general_dilated depthwise input gradient", conv_gradient(depthwise, 0), f32(4, 16, 8, 4), f32(3, 3, 1, 4))
 row("conv_general_dilated depthwise kernel gradient", conv_gradient(depthwise, 1), f32(4, 16, 8, 4), f32(3, 3, 1, 4),
     communicates={"m": halo, "n": halo}, tolerance=1e-4)  # fmt: skip
@@ -321,6 +321,10 @@ row(
     lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 1), (1, 1, 1), "SAME"),
     f32(4, 16, 8),
 )
+row("reduce_window_max strided", lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 1), (1, 2, 1), "SAME"),
+    f32(4, 16, 8))  # fmt: skip
+row("reduce_window_min integers", lambda x: lax.reduce_window(x, 2**31 - 1, lax.min, (1, 3, 1), (1, 1, 1), "SAME"),
+    Arg(shape=(4, 16, 8), dtype="int32"))  # fmt: skip
 row("reduce_window", lambda x: lax.reduce_window(
     x, np.float32(0), lambda a, b: a + b + a * b, (1, 2, 2), (1, 2, 2), "VALID"), f32(4, 16, 8))  # fmt: skip
 row(
@@ -328,6 +332,12 @@ row(
     jax.grad(lambda x: lax.reduce_window(x, -jnp.inf, lax.max, *window, "VALID").sum()),
     f32(4, 16, 8),
 )
+row("select_and_scatter_add overlapping", jax.grad(lambda x: (
+    lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3), (1, 2, 1), "SAME") * jnp.arange(1.0, 9.0)).sum()),
+    f32(4, 16, 8))  # fmt: skip
+row("select_and_scatter_add smallest", jax.grad(lambda x: (
+    lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 1), (1, 4, 1), "VALID") * jnp.arange(1.0, 9.0)).sum()),
+    f32(4, 16, 8))  # fmt: skip
 row(
     "select_and_gather_add",
     lambda x, t: jax.jvp(lambda x: lax.reduce_window(x, -jnp.inf, lax.max, *window, "VALID"), (x,), (t,)),

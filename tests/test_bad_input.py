@@ -227,6 +227,16 @@ def test_a_batch_that_one_axis_divides_does_not_warn() -> None:
     ffjax.plan(step, *arguments(batch=6), mesh={"x": 4, "y": 2})
 
 
+def test_a_batch_of_which_an_odd_part_is_read_does_not_warn() -> None:
+    """What is not split is the part; the batch itself could be."""
+
+    def part(w: jax.Array, x: jax.Array) -> jax.Array:
+        return w - 0.1 * jax.grad(lambda w: jax.lax.cumlogsumexp(x @ w).sum())(w)
+
+    for strategy in ("auto", "data_parallel"):
+        ffjax.plan(part, jnp.ones((16, 16)), jnp.ones((16, 16)), mesh=MESH, strategy=strategy)
+
+
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
 def test_a_budget_that_nothing_fits(strategy: str) -> None:
     """The error says what conflicts, and planning with exactly the budget that it names succeeds."""

@@ -24,13 +24,23 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "moe": (moe, moe.Config.tiny()),
 }
 STRATEGIES = ("data_parallel", "fsdp", "tensor_parallel", "fsdp+tensor_parallel")
+WITH = [
+    ("gpt_scanned", "zero1", {"x": 8}),
+    ("convnet", "zero2", {"x": 4, "y": 2}),
+    ("gpt", "zero2", {"x": 4, "y": 2}),
+    ("recommender", "hsdp", {"x": 4, "y": 2}),
+    ("gpt", "tensor_parallel+sequence", {"x": 8}),
+    ("gpt_scanned", "fsdp+tensor_parallel+sequence", {"x": 4, "y": 2}),
+    ("moe", "expert_parallel", {"x": 4, "y": 2}),
+    ("convnet", "spatial", {"x": 4, "y": 2}),
+]
 CASES = [
     pytest.param(model, strategy, mesh, id=f"{model}-{strategy}-{'x'.join(map(str, mesh.values()))}")
     for model in MODELS
     for strategy in STRATEGIES
     for mesh in ({"x": 8}, {"x": 4, "y": 2})
     if len(mesh) > 1 or strategy != "fsdp+tensor_parallel"
-]
+] + [pytest.param(*case, id=f"{case[0]}-{case[1]}-{'x'.join(map(str, case[2].values()))}") for case in WITH]
 
 
 def planned(model: str, strategy: str, mesh: dict[str, int]) -> ffjax.Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from ffjax.planner import trace_step
 from ffjax.strategies.budget import instant, layout_of
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.problem import Problem, build_problem
+from tests.random_programs import Pick, drawn_picks, random_step
 
 KIB = 1024.0
 ONE = MeshShape(("x",), (1,))
@@ -188,27 +189,7 @@ def _inside(home: Spec, spec: Spec) -> bool:
     return any(t[: len(s)] != s for s, t in zip(home[1:], spec[1:], strict=True))
 
 
-def random_step(picks: Sequence[tuple[int, int, int]]) -> Callable[..., Any]:
-    def step(*args: jax.Array) -> tuple[jax.Array, ...]:
-        values = list(args)
-        for op, a, b in picks:
-            x, y = values[a % len(values)], values[b % len(values)]
-            match op:
-                case 0:
-                    values.append(x @ y)
-                case 1:
-                    values.append(jnp.tanh(x) + y)
-                case 2:
-                    values.append(x.T @ y)
-                case 5:
-                    values.append(jax.checkpoint(lambda u, v: jnp.tanh(u @ v) @ v)(x, y))
-                case 3:
-                    values.append(jax.lax.scan(lambda c, r: (c + r, c * r), x[0], y)[1])
-                case _:
-                    values.append(jax.lax.cond(x[0, 0] > 0, lambda u, v: u @ v, lambda u, v: u - v, x, y))
-        return tuple(values[-2:])
-
-    return step
+KINDS = ("dot", "elementwise", "dot of transposed", "scan", "cond", "remat")
 
 
 def problem_of(regions: Regions, mesh: MeshShape) -> Problem:
@@ -219,13 +200,13 @@ def problem_of(regions: Regions, mesh: MeshShape) -> Problem:
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    picks=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7),
+    picks=drawn_picks(KINDS, 7),
     mesh=st.sampled_from([MeshShape(("x",), (4,)), MeshShape(("x", "y"), (2, 2))]),
     compiler=st.sampled_from([TO_THE_LETTER, XLA_CPU, XLA_GPU]),
     seed=st.integers(0, 99),
 )
 def test_peaks_and_instants_agree_with_a_recount(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, compiler: Compiler, seed: int
+    picks: list[Pick], mesh: MeshShape, compiler: Compiler, seed: int
 ) -> None:
     regions = regions_of(random_step(picks), kib(64, 64), kib(64, 64), donate=(0,))
     problem = problem_of(regions, mesh)

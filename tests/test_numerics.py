@@ -23,6 +23,17 @@ from ffjax.testing import assert_same_numerics
 STEPS = 3
 MESHES = ({"x": 8}, {"x": 4, "y": 2}, {"x": 2, "y": 2, "z": 2})
 STRATEGIES = ("auto", "data_parallel", "fsdp", "tensor_parallel", "fsdp+tensor_parallel")
+WITH = {
+    "zero1": ("gpt_scanned", "convnet", "gpt", "recommender", "moe"),
+    "zero2": ("convnet", "gpt_scanned", "gpt", "recommender", "moe"),
+    "hsdp": ("recommender", "gpt", "gpt_scanned", "convnet", "moe"),
+    "tensor_parallel+sequence": ("gpt", "gpt_scanned", "moe"),
+    "fsdp+tensor_parallel+sequence": ("gpt_scanned", "gpt", "moe"),
+    "expert_parallel": ("moe",),
+    "spatial": ("convnet",),
+}
+"""Further strategies, and the examples that they have a use for; by default the first."""
+OF_TWO_AXES = ("fsdp+tensor_parallel", "hsdp", "fsdp+tensor_parallel+sequence")
 EXAMPLES: dict[str, tuple[Any, Any]] = {
     "gpt": (gpt, gpt.Config.tiny()),
     "gpt_scanned": (gpt, dataclasses.replace(gpt.Config.tiny(), scan_layers=True, remat=True)),
@@ -33,14 +44,19 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
 
 
 def _cases() -> list[Any]:
+    pairs = [(e + s, x, y, True) for e, x in enumerate(EXAMPLES) for s, y in enumerate(STRATEGIES)]
+    pairs += [
+        (s, example, strategy, example == examples[0])
+        for s, (strategy, examples) in enumerate(WITH.items())
+        for example in examples
+    ]
     cases = []
-    for e, example in enumerate(EXAMPLES):
-        for s, strategy in enumerate(STRATEGIES):
-            meshes = [m for m in MESHES if len(m) > 1 or strategy != "fsdp+tensor_parallel"]
-            for m, mesh in enumerate(meshes):
-                marks = () if m == (e + s) % len(meshes) else (pytest.mark.full,)
-                name = f"{example}-{strategy}-{'x'.join(map(str, mesh.values()))}"
-                cases.append(pytest.param(example, strategy, mesh, id=name, marks=marks))
+    for place, example, strategy, usual in pairs:
+        meshes = [m for m in MESHES if len(m) > 1 or strategy not in OF_TWO_AXES]
+        for m, mesh in enumerate(meshes):
+            marks = () if usual and m == place % len(meshes) else (pytest.mark.full,)
+            name = f"{example}-{strategy}-{'x'.join(map(str, mesh.values()))}"
+            cases.append(pytest.param(example, strategy, mesh, id=name, marks=marks))
     return cases
 
 

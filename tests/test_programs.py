@@ -7,15 +7,11 @@ find, but which must be right all the same. `pytest --full` checks all strategie
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import pathlib
-import random
 import re
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,25 +22,21 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ffjax
-from ffjax.autoshard import Sharded, place
-from ffjax.cost.cluster import Cluster
-from ffjax.cost.collectives import CollectiveModel
-from ffjax.emit.emit import in_shardings
+from ffjax.autoshard import Sharded
 from ffjax.emit.oracle import explicit_collectives
 from ffjax.emit.run import device_mesh, jitted
 from ffjax.errors import FfjaxWarning
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import build_graph
-from ffjax.ir.layout import Layout, PlannedCollective
+from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions, find_regions
-from ffjax.ir.spec import CountedCollective, MeshShape
+from ffjax.ir.spec import MeshShape
 from ffjax.planner import trace_step
-from ffjax.strategies.candidates import candidates
-from ffjax.strategies.families import family_keys, members
 from ffjax.testing import assert_same_numerics
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from programs import PROGRAMS, Case, Row, values, weights
+from running import bytes_by_kind, counted, drawn_layout, eager_cluster, results_of, run_layout
 
 ROWS = list(PROGRAMS)
 MESHES = [MeshShape(("x",), (8,)), MeshShape(("x", "y"), (4, 2))]
@@ -57,46 +49,11 @@ ROTATION = {
 }  # a named strategy on a mesh for each row, all six in turn
 
 
-def eager_cluster() -> Cluster:
-    """Eight CPU devices so slow, over links so quick to start, that any sharding pays."""
-    cluster = Cluster.named("cpu")
-    device = cluster.device
-    slow = dataclasses.replace(
-        device,
-        kernel_s=0.0,
-        flops_per_s={k: v / 50 for k, v in device.flops_per_s.items()},
-        vector_flops_per_s=device.vector_flops_per_s / 50,
-        memory_bytes_per_s=device.memory_bytes_per_s / 50,
-    )
-    links = tuple(dataclasses.replace(link, latency_s=0.0) for link in cluster.links)
-    # With reduce-scatters the cheaper of the two is also the one that is emitted; without, they tie.
-    return dataclasses.replace(cluster, device=slow, links=links, reduce_scatter=True)
-
-
 @functools.cache
 def expected(name: str) -> list[Any]:
     """The results of one or three unsharded steps."""
     case = PROGRAMS[name].make()
     return results_of(jax.jit(case.step, static_argnums=case.static_argnums), case)
-
-
-def results_of(step: Any, case: Case) -> list[Any]:
-    found, args = [], list(case.args)
-    for _ in range(1 if case.carries is None else 3):
-        out = step(*args, **case.kwargs)
-        if case.carries is not None:
-            args[case.carries] = out[0]
-        # The next step may donate what this one made.
-        found.append(jax.tree.map(lambda v: v.copy() if isinstance(v, jax.Array) else v, out))
-    return found
-
-
-def counted(found: Iterable[CountedCollective | PlannedCollective]) -> Counter[tuple[str, tuple[str, ...], float]]:
-    total: Counter[tuple[str, tuple[str, ...], float]] = Counter()
-    for c in found:
-        if not getattr(c, "user", False):
-            total[c.collective.kind, c.collective.axes, c.collective.bytes] += c.count
-    return total
 
 
 def callbacks(lowered: jax.stages.Lowered) -> int:
@@ -167,23 +124,7 @@ def analysed(name: str) -> tuple[Case, Regions]:
 
 
 def drawn(name: str, mesh: MeshShape, seed: int) -> Layout:
-    """A layout that takes any candidate for every family."""
-    _, regions = analysed(name)
-    keys = family_keys(regions)
-    rng = random.Random(seed)
-    choice = {
-        key: rng.choice(candidates(regions, regions.regions[family[0]], mesh)) for key, family in members(keys).items()
-    }
-    prices = CollectiveModel(mesh, eager_cluster()).axis_prices
-    return Layout(regions=regions, mesh=mesh, assignments=[choice[key] for key in keys], axis_prices=prices)
-
-
-def bytes_by_kind(found: Iterable[CountedCollective | PlannedCollective]) -> Counter[str]:
-    """Bytes of each kind; a reduce-scatter counts as an all-reduce."""
-    total: Counter[str] = Counter()
-    for (kind, _, size), count in counted(found).items():
-        total["all_reduce" if kind == "reduce_scatter" else kind] += count * size
-    return total
+    return drawn_layout(analysed(name)[1], mesh, seed)
 
 
 DRAWS = [*MESHES, MeshShape(("x", "y", "z"), (2, 2, 2))]
@@ -204,12 +145,9 @@ def test_random_plan(name: str, mesh: MeshShape, seed: int) -> None:
     case, regions = analysed(name)
     program = regions.graph.program
     layout = drawn(name, mesh, seed)
-    devices = device_mesh(mesh, jax.devices())
     dynamic = [a for i, a in enumerate(case.args) if i not in case.static_argnums]
-    given = [*program.closures, *jax.tree.leaves((dynamic, case.kwargs))]
-    placed = [place(x, s) for x, s in zip(given, in_shardings(layout, devices), strict=True)]
-    lowered = jitted(layout, devices, donate=False).trace(*placed).lower()
-    got = jax.tree.unflatten(program.out_tree, lowered.compile()(*placed))
+    lowered, results = run_layout(layout, [*program.closures, *jax.tree.leaves((dynamic, case.kwargs))])
+    got = jax.tree.unflatten(program.out_tree, results)
     assert_same_numerics(got, expected(name)[0])
     # Plans that a search would not find leave some work to the partitioner: it scatters a sum all of whose readers want
     # a piece, joins two all-to-alls in a row, and goes nowhere and back for free. It must never move more than planned.

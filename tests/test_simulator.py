@@ -34,6 +34,7 @@ from ffjax.planner import trace_step
 from ffjax.strategies.candidates import candidates
 from ffjax.strategies.families import family_keys, members
 from tests import programs as table
+from tests.random_programs import Pick, drawn_picks, random_step
 
 F32 = jnp.float32
 EIGHT = MeshShape(("x",), (8,))
@@ -269,38 +270,14 @@ def test_one_assignment_for_each_region() -> None:
 # -- on random programs
 
 
-def random_step(picks: Sequence[tuple[int, int, int]]) -> Callable[..., Any]:
-    def step(*args: jax.Array) -> tuple[jax.Array, ...]:
-        values = list(args)
-        for op, a, b in picks:
-            x, y = values[a % len(values)], values[b % len(values)]
-            match op:
-                case 0 | 1:
-                    values.append(x @ y)
-                case 2:
-                    values.append(jnp.tanh(x) + y)
-                case 3:
-                    values.append(x.T @ y)
-                case 4:
-                    values.append(x - jnp.sum(y, axis=0))
-                case 5:
-                    values.append(jax.lax.scan(lambda c, r, y=y: (c + r @ y, c * r), x[0], y)[1])
-                case 6:
-                    values.append(jax.lax.fori_loop(0, 3, lambda _, h, y=y: jnp.tanh(h @ y), x))
-                case _:
-                    values.append(jax.lax.cond(x[0, 0] > 0, lambda u, v: u @ v, lambda u, v: u - v, x, y))
-        return tuple(values[-2:])
-
-    return step
-
-
+LOOPS = ("dot", "dot", "elementwise", "dot of transposed", "centred", "scan of dots", "fori")
 MESHES = st.sampled_from([MeshShape(("x",), (4,)), MeshShape(("x", "y"), (2, 2))])
-PICKS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12)
-BRANCHED = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=9)
+PICKS = drawn_picks(LOOPS, 12)
+BRANCHED = drawn_picks((*LOOPS, "cond"), 9)
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
-def random_simulator(picks: Sequence[tuple[int, int, int]], mesh: MeshShape, cluster: Cluster) -> Simulator:
+def random_simulator(picks: Sequence[Pick], mesh: MeshShape, cluster: Cluster) -> Simulator:
     regions = regions_of(random_step(picks), array(256, 256), array(256, 256), array(256, 256))
     hosts = len(mesh.axes)
     cluster = dataclasses.replace(cluster, hosts=hosts, devices_per_host=mesh.devices // hosts)
@@ -320,9 +297,7 @@ def draw(simulator: Simulator, rng: np.random.Generator) -> list[Assignment]:
 
 @quick
 @given(picks=PICKS, mesh=MESHES, seed=st.integers(0, 99))
-def test_where_nothing_overlaps_a_step_is_what_the_estimate_says(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int
-) -> None:
+def test_where_nothing_overlaps_a_step_is_what_the_estimate_says(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     simulator = random_simulator(picks, mesh, SYNC)
     overlapping = random_simulator(picks, mesh, GPU)
     rng = np.random.default_rng(seed)
@@ -340,9 +315,7 @@ def test_where_nothing_overlaps_a_step_is_what_the_estimate_says(
 
 @quick
 @given(picks=BRANCHED, mesh=MESHES, seed=st.integers(0, 99), overlap=st.booleans())
-def test_changes_give_what_simulating_all_gives(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int, overlap: bool
-) -> None:
+def test_changes_give_what_simulating_all_gives(picks: list[Pick], mesh: MeshShape, seed: int, overlap: bool) -> None:
     """Regions and families, one after another, and back; figures and every interval."""
     cluster = GPU if overlap else SYNC
     simulator, fresh = (random_simulator(picks, mesh, cluster) for _ in range(2))
@@ -361,9 +334,7 @@ def test_changes_give_what_simulating_all_gives(
 
 @quick
 @given(picks=BRANCHED, mesh=MESHES, seed=st.integers(0, 99))
-def test_streams_do_one_thing_at_a_time_and_figures_add_up(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int
-) -> None:
+def test_streams_do_one_thing_at_a_time_and_figures_add_up(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     simulator = random_simulator(picks, mesh, GPU)
     simulator.run(draw(simulator, np.random.default_rng(seed)))
     timeline = simulator.timeline()
@@ -384,9 +355,7 @@ def test_streams_do_one_thing_at_a_time_and_figures_add_up(
 
 @quick
 @given(picks=PICKS, mesh=MESHES, seed=st.integers(0, 99))
-def test_copies_that_wait_for_their_reader_hold_little(
-    picks: list[tuple[int, int, int]], mesh: MeshShape, seed: int
-) -> None:
+def test_copies_that_wait_for_their_reader_hold_little(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     simulator = random_simulator(picks, mesh, GPU)
     simulator.run(draw(simulator, np.random.default_rng(seed)))
     layout = simulator.layout

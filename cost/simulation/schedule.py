@@ -37,7 +37,10 @@ class Schedule:
 
     def __init__(self, block: Block, reads: Sequence[Read], op_of: Sequence[int], tasks: TaskGraph) -> None:
         steps = block.steps
-        self._runs, self._op_of, self._step_of = block.runs, op_of, tasks.step_of
+        self._op_of, self._step_of = op_of, tasks.step_of
+        # For each step the kernels that are deferred to it, and whether it has one of its own.
+        self._plays = {op: (r[:-1], True) if r and r[-1] == op else (r, False) for op, r in block.runs.items()}
+        self._plays.update((op, ((), False)) for op in block.inner if op not in self._plays)
         self.segments = [steps[i : i + SEGMENT] for i in range(0, len(steps), SEGMENT)] or [[]]
         self.inner = block.inner
         self._bounds = [START, *(s[0] for s in self.segments[1:])]
@@ -204,8 +207,8 @@ class Schedule:
                 found.append(self._issued[segment][point][1])
 
         for op in self.segments[segment]:
-            runs, waits = self._runs.get(op, ()), self._waits.get(op)
-            deferred = runs[:-1] if runs and runs[-1] == op else runs
+            deferred, own = self._plays[op]
+            waits = self._waits.get(op)
             if deferred:
                 # What is copied for this op may be made by these.
                 if waits and (theirs := tuple(p for p in waits if p < 0 or self._op_of[p] != op)):
@@ -222,7 +225,7 @@ class Schedule:
             if op in self.inner:
                 flush()
                 found.append(inside[op])
-            elif len(deferred) < len(runs) and op not in self._moved:
+            elif own and op not in self._moved:
                 ops.append(op)
         issue(3 * (2**62))
         flush()

@@ -17,7 +17,7 @@ that border, so the answer is exactly that of simulating everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ffjax.cost.collectives import CollectiveModel
@@ -110,7 +110,7 @@ class Simulator:
                 f"{len(assignments)} assignments for {len(self.regions.regions)} regions; give one for each"
             )
         self.assignments = list(assignments)
-        self._numbers = [self._costs.number(a) for a in assignments]
+        self._numbers = self._costs.numbers(assignments)
         self._ticks = [0] * len(self.regions.graph.ops)
         self._copies: list[tuple[Copy, ...]] = [()] * len(self.tasks.reads)
         self._sums: list[tuple[Hop, ...]] = [()] * len(self.tasks.sums)
@@ -131,15 +131,17 @@ class Simulator:
 
     def change(self, regions: int | Sequence[int], assignment: Assignment) -> Simulated:
         """Gives a region, or all of a family, another assignment, and simulates what that reaches."""
+        return self.update(dict.fromkeys([regions] if isinstance(regions, int) else regions, assignment))
+
+    def update(self, changes: Mapping[int, Assignment]) -> Simulated:
+        """Gives several regions other assignments at once, and simulates what that reaches."""
         if not self.assignments:
             raise ValueError("there is no plan to change yet; call run(assignments) first")
-        regions = [regions] if isinstance(regions, int) else list(regions)
-        number = self._costs.number(assignment)
-        for region in regions:
-            self.assignments[region], self._numbers[region] = assignment, number
-        reads = dict.fromkeys(i for r in regions for i in self._reads_of[r])
-        sums = dict.fromkeys(i for r in regions for i in self._sums_of[r])
-        return self._update(regions, reads, sums)
+        for region, assignment in changes.items():
+            self.assignments[region], self._numbers[region] = assignment, self._costs.number(assignment)
+        reads = dict.fromkeys(i for r in changes for i in self._reads_of[r])
+        sums = dict.fromkeys(i for r in changes for i in self._sums_of[r])
+        return self._update(changes, reads, sums)
 
     @property
     def layout(self) -> Layout:

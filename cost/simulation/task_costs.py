@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.region_costs import Splits, compute_seconds
+from ffjax.cost.region_costs import Splits, compute_seconds, halo_seconds
 from ffjax.cost.roofline import op_seconds
-from ffjax.cost.simulation.task_graph import Read, Sum, TaskGraph
+from ffjax.cost.simulation.task_graph import Kinds, Read, Sum, TaskGraph
 from ffjax.ir.assignment import Assignment
+from ffjax.ir.halo import halos
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims, Regions
 from ffjax.ir.spec import Collective, CollectiveKind, Spec
@@ -52,56 +53,30 @@ class TaskCosts:
         self._kernels: dict[tuple[int, int], tuple[int, ...]] = {}
         self._copies: dict[Hashable, tuple[Copy, ...]] = {}
         self._sums: dict[Hashable, tuple[Hop, ...]] = {}
-        self.own: list[list[Kernel]] = [[] for _ in regions.regions]
+        self.own = own_kernels(regions, kernels)
         """The kernels of each region."""
-        for kernel in kernels:
-            self.own[kernel.region].append(kernel)
-        alike: dict[Hashable, int] = {}
-
-        def kind(*content: Hashable) -> int:
-            return alike.setdefault(content, len(alike))
-
-        sizes = [kind(r.sizes, r.solo) for r in regions.regions]
-        values, edges, ports = regions.graph.values, regions.edges, regions.ports
-
-        def view(region: int, dims: Dims) -> tuple[int, Dims]:
-            return sizes[region], dims
-
-        self._kernel_kind = [
-            kind(sizes[r.id], *(_content(k) for k in own)) for r, own in zip(regions.regions, self.own, strict=True)
-        ]
-        self._read_kind = [
-            kind(
-                values[r.value].bytes,
-                values[r.value].shape,
-                regions.merged_copies[r.value],
-                view(r.regions[0], regions.home[r.value]),
-                *(view(edges[p].target, edges[p].target_dims) for p in r.ports),
-            )
-            for r in tasks.reads
-        ]
-        self._sum_kind = [
-            kind(
-                tuple(
-                    (values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in regions.graph.ops[s.op].results
-                ),
-                sizes[s.regions[0]],
-                ports[s.op].results,
-                ports[s.op].reduced,
-                *((v, view(regions.region_of[op], ports[op].operands[i])) for v, op, i in s.readers),
-            )
-            for s in tasks.sums
-        ]
-        self._read_key = [_getter(r.regions) for r in tasks.reads]
-        self._sum_key = [_getter(s.regions) for s in tasks.sums]
+        if tasks.kinds is None:
+            tasks.kinds = _kinds(regions, self.own, tasks)
+        self._kinds = tasks.kinds
 
     def number(self, assignment: Assignment) -> int:
         """A small number that stands for an assignment in keys."""
         return self._numbers.setdefault(assignment, len(self._numbers))
 
+    def numbers(self, assignments: Sequence[Assignment]) -> list[int]:
+        """`number` of each; those of a family are mostly one object."""
+        known: dict[int, int] = {}
+        found = []
+        for assignment in assignments:
+            number = known.get(id(assignment))
+            if number is None:
+                number = known[id(assignment)] = self.number(assignment)
+            found.append(number)
+        return found
+
     def kernel_ticks(self, region: int, assignment: Assignment, number: int) -> tuple[int, ...]:
         """One launch of each of a region's kernels."""
-        key = (self._kernel_kind[region], number)
+        key = (self._kinds.kernels[region], number)
         found = self._kernels.get(key)
         if found is None:
             found = self._kernels[key] = self._price(region, assignment)
@@ -109,7 +84,7 @@ class TaskCosts:
 
     def copies(self, index: int, read: Read, numbers: Sequence[int], layout: Layout) -> tuple[Copy, ...]:
         """The copies that a read takes, and of each the collectives that no copy before it has made."""
-        key = (self._read_kind[index], self._read_key[index](numbers))
+        key = (self._kinds.reads[index], self._kinds.read_regions[index](numbers))
         found = self._copies.get(key)
         if found is None:
             found = self._copies[key] = self._reshard(read, layout)
@@ -117,7 +92,7 @@ class TaskCosts:
 
     def sums(self, index: int, entry: Sum, numbers: Sequence[int], layout: Layout) -> tuple[Hop, ...]:
         """The collectives that sum an op's partial results."""
-        key = (self._sum_kind[index], self._sum_key[index](numbers))
+        key = (self._kinds.sums[index], self._kinds.sum_regions[index](numbers))
         found = self._sums.get(key)
         if found is None:
             found = self._sums[key] = self._reduce(entry, layout)
@@ -127,6 +102,7 @@ class TaskCosts:
         own, device = self.own[region], self.model.cluster.device
         splits = Splits(self.regions.regions[region], [assignment], self.model)
         total = float(compute_seconds(own, splits, self.model)[0])
+        total += float(halo_seconds(self.regions, self.regions.regions[region], [assignment], self.model)[0][0])
         shares = []
         for k in own:
             traffic = sum(float(whole / splits.of_dims(dims)[0]) for dims, whole in k.traffic)
@@ -166,10 +142,10 @@ class TaskCosts:
         return tuple(copies)
 
     def _reduce(self, entry: Sum, layout: Layout) -> tuple[Hop, ...]:
+        hops = [self._hop(c.kind, c.axes, c.bytes, False) for c in layout.exchanges(entry.op)]
         axes = layout.partial_axes(entry.op)
         if not axes:
-            return ()
-        hops = []
+            return tuple(hops)
         for index, value in enumerate(layout.graph.ops[entry.op].results):
             reads = {layout.operand(op, i) for v, op, i in entry.readers if v == index}
             scatters = layout.scatters(value, axes, reads)
@@ -190,6 +166,69 @@ class TaskCosts:
             inside = (0,) if group.shares_host else ()
             found = self._links[axes] = (*inside, last) if group.crosses_hosts else inside
         return found
+
+
+def own_kernels(regions: Regions, kernels: Sequence[Kernel]) -> list[list[Kernel]]:
+    """The kernels of each region."""
+    own: list[list[Kernel]] = [[] for _ in regions.regions]
+    for kernel in kernels:
+        own[kernel.region].append(kernel)
+    return own
+
+
+def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) -> Kinds:
+    alike: dict[Hashable, int] = {}
+
+    def kind(*content: Hashable) -> int:
+        return alike.setdefault(content, len(alike))
+
+    sizes = [kind(r.sizes, r.solo) for r in regions.regions]
+    values, edges, ports = regions.graph.values, regions.edges, regions.ports
+
+    def view(region: int, dims: Dims) -> tuple[int, Dims]:
+        return sizes[region], dims
+
+    return Kinds(
+        kernels=[
+            kind(sizes[r.id], _image_kind(regions, r.ops[0]) if r.solo else (), *(_content(k) for k in ks))
+            for r, ks in zip(regions.regions, own, strict=True)
+        ],
+        reads=[
+            kind(
+                values[r.value].bytes,
+                values[r.value].shape,
+                regions.merged_copies[r.value],
+                view(r.regions[0], regions.home[r.value]),
+                *(view(edges[p].target, edges[p].target_dims) for p in r.ports),
+            )
+            for r in tasks.reads
+        ],
+        sums=[
+            kind(
+                tuple(
+                    (values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in regions.graph.ops[s.op].results
+                ),
+                sizes[s.regions[0]],
+                _image_kind(regions, s.op),
+                ports[s.op].results,
+                ports[s.op].reduced,
+                *((v, view(regions.region_of[op], ports[op].operands[i])) for v, op, i in s.readers),
+            )
+            for s in tasks.sums
+        ],
+        read_regions=[_getter(r.regions) for r in tasks.reads],
+        sum_regions=[_getter(s.regions) for s in tasks.sums],
+    )
+
+
+def _image_kind(regions: Regions, op: int) -> Hashable:
+    """What an op's exchanges of edges depend on, beside the assignment of its region."""
+    node = regions.graph.ops[op]
+    found = halos(node.eqn)
+    if not found:
+        return ()
+    value = regions.graph.values[node.operands[found[0].operand]]
+    return found, value.bytes, regions.ports[op].operands[found[0].operand]
 
 
 def _content(k: Kernel) -> Hashable:

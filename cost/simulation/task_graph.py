@@ -15,11 +15,12 @@ Positions are `3 * op + phase`: before an op waits (0), while its kernel runs (1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from ffjax.cost.kernels import Kernel, fusible
 from ffjax.ir.graph import NO_VALUE, Graph, Op
+from ffjax.ir.halo import halos
 from ffjax.ir.regions import Regions
 
 START = -1
@@ -80,7 +81,10 @@ class Read:
 
 @dataclass(slots=True, kw_only=True)
 class Sum:
-    """An op that reduces: what its collective waits for beside its own kernel."""
+    """An op that reduces, or slides a window: what its collectives wait for beside its own kernel.
+
+    Edges of images are taken to move right after the window that needs them, which takes as long as before it.
+    """
 
     op: int
     block: int
@@ -103,6 +107,22 @@ class TaskGraph:
     """For each op with a kernel the step at which it runs."""
     block_of: list[int]
     """For each scope the block that it is part of: a rematerialised body is part of the block around it."""
+    kinds: Kinds | None = None
+    """Of tasks that cost alike on any mesh; filled in when they are first priced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kinds:
+    """Numbers that regions (by their kernels), reads and sums share whose costs are the same under like assignments.
+
+    `read_regions` and `sum_regions` pick from a list with an entry per region those of a read or a sum.
+    """
+
+    kernels: list[int]
+    reads: list[int]
+    sums: list[int]
+    read_regions: list[Callable[[Sequence[int]], Hashable]]
+    sum_regions: list[Callable[[Sequence[int]], Hashable]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -179,7 +199,7 @@ class _Walk:
                     readers.setdefault(value, []).append((op.id, index))
         for op in self.graph.ops:
             waits, owed = self.steps(op)
-            if self.regions.ports[op.id].reduced:
+            if self.regions.ports[op.id].reduced or halos(op.eqn):
                 reads = tuple((i, *r) for i, v in enumerate(op.results) for r in readers.get(v, ()))
                 of = (op.id, *(reader for _, reader, _ in reads))
                 sums.append(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ffjax.emit.pieces import bind_on_pieces
+from ffjax.emit.pieces import add_up, bind_beside, bind_on_pieces
 from ffjax.ir import compat
 from ffjax.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from ffjax.ir.extra_rules import runs_on_pieces
@@ -89,9 +89,11 @@ class _Interpreter:
 
     def moved(self, array: jax.Array, value: int, op: int, index: int) -> jax.Array:
         """A value in the sharding in which an op reads it."""
-        if self.graph.values[value].constant or not self.graph.values[value].shape:
+        if not self.graph.values[value].shape:
             return array
         spec = self.layout.operand(op, index)
+        if self.graph.values[value].constant:
+            return array if self.is_constant(op) else self.constant(array, value, spec)
         if spec == self.layout.home(value):
             return array
         way: tuple[Spec, ...] = ()
@@ -102,6 +104,16 @@ class _Interpreter:
             array = self.copies[value, way]
         return array
 
+    def is_constant(self, op: int) -> bool:
+        results = self.graph.ops[op].results
+        return bool(results) and all(self.graph.values[v].constant for v in results)
+
+    def constant(self, array: jax.Array, value: int, spec: Spec) -> jax.Array:
+        """A constant held as it is read: Shardy repeats one for each op, but not for two operands of the same op."""
+        if (value, (spec,)) not in self.copies:
+            self.copies[value, (spec,)] = self.constrain(array, spec)
+        return self.copies[value, (spec,)]
+
     def write(self, array: jax.Array, var: Var, op: int | None) -> jax.Array:
         """A result as its op leaves it."""
         value = self.graph.value_of[var]
@@ -109,6 +121,8 @@ class _Interpreter:
             return array
         home = self.layout.home(value)
         partial = self.layout.partial(value)
+        if op is not None and (pending := self.layout.pending_axes(op)):
+            return self.constrain(array, (pending, *partial))
         if op is not None and self.layout.partial_axes(op):
             array = self.constrain(array, partial)
             return array if home == partial else self.constrain(array, home)
@@ -117,20 +131,26 @@ class _Interpreter:
     def plain(self, eqn: JaxprEqn) -> list[jax.Array]:
         op = self.graph.op_of[id(eqn)]
         operands = [self.read(atom, op, i) for i, atom in enumerate(eqn.invars)]
-        target = self.graph.ops[op].operands[0] if eqn.primitive.name.startswith("scatter") else NO_VALUE
+        own = self.graph.ops[op]
+        target = own.operands[0] if eqn.primitive.name.startswith("scatter") else NO_VALUE
         if target != NO_VALUE and not self.graph.values[target].constant and any(self.layout.operand(op, 0)):
             # XLA merges the slice that makes a piece with the slice that a scatter of one row becomes, and loses the
             # inner slice's clamp: devices that do not hold the row then overwrite another one of theirs.
             piece = jax.lax.optimization_barrier(operands[0])
             operands[0] = self.constrain(piece, self.layout.operand(op, 0))
-        if runs_on_pieces(eqn):
+        pending = self.layout.pending_axes(op)
+        if any(v != NO_VALUE and self.layout.pending_axes(self.graph.values[v].producer) for v in own.operands):
+            terms = bind_beside(eqn, operands)
+            return [self.write(terms if pending else add_up(terms), eqn.outvars[0], op)]
+        if pending or runs_on_pieces(eqn) or self.layout.cuts(op):
             return self.on_pieces(eqn, operands, op)
         return self.bound(eqn, operands, eqn.params, op)
 
     def on_pieces(self, eqn: JaxprEqn, operands: Sequence[jax.Array], op: int) -> list[jax.Array]:
         ins = [partition_spec(self.layout.operand(op, i)) for i in range(len(operands))]
         outs = [partition_spec(self.layout.partial(self.graph.value_of[v])) for v in eqn.outvars]
-        results = bind_on_pieces(eqn, operands, self.mesh, ins, outs, self.layout.partial_axes(op))
+        summed, pending = self.layout.partial_axes(op), self.layout.pending_axes(op)
+        results = bind_on_pieces(eqn, operands, self.mesh, ins, outs, summed, pending)
         return [self.write(array, var, op) for array, var in zip(results, eqn.outvars, strict=True)]
 
     def bound(

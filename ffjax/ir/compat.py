@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import source_info_util
+from jax._src import debugging, source_info_util
 from jax._src.interpreters import partial_eval
+from jax._src.state import discharge
+from jax._src.state.types import AbstractRef
 from jax.extend import core
 
 # `jax.extend.core` names these classes but hides their constructors' home.
@@ -40,6 +42,45 @@ def user_context(eqn: core.JaxprEqn):  # type: ignore[no-untyped-def]
     """A context in which new equations take this one's source line and scope name."""
     info = eqn.source_info
     return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
+
+
+def without_references(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The program on values alone: references (`jax.new_ref`) that it makes and writes to become what they hold."""
+    if not _has_references(closed.jaxpr):
+        return closed
+    try:
+        plain: core.ClosedJaxpr = discharge.discharge_state(closed)
+    except TypeError:  # before jax 0.10
+        older: Callable[..., tuple[core.Jaxpr, list[object]]] = discharge.discharge_state  # type: ignore[assignment]
+        plain = core.ClosedJaxpr(*older(closed.jaxpr, closed.consts))
+    return plain
+
+
+def _has_references(jaxpr: core.Jaxpr) -> bool:
+    def inner(param: object) -> bool:
+        if isinstance(param, core.ClosedJaxpr):
+            return _has_references(param.jaxpr)
+        if isinstance(param, core.Jaxpr):
+            return _has_references(param)
+        return isinstance(param, tuple) and any(inner(p) for p in param)
+
+    return any(
+        any(isinstance(v.aval, AbstractRef) for v in e.outvars) or any(inner(p) for p in e.params.values())
+        for e in jaxpr.eqns
+        if e.primitive.name != "pallas_call"
+    )
+
+
+def unordered(eqn: core.JaxprEqn) -> core.JaxprEqn:
+    """A debug print or callback without its order, which JAX cannot keep on several devices; others as they are."""
+    if eqn.primitive.name == "debug_print" and eqn.params["ordered"]:
+        changed: dict[str, object] = {"ordered": False}
+    elif eqn.primitive.name == "debug_callback" and eqn.params["effect"] is debugging.ordered_debug_effect:
+        changed = {"effect": debugging.debug_effect}
+    else:
+        return eqn
+    free: core.JaxprEqn = eqn.replace(params=dict(eqn.params) | changed, effects={debugging.debug_effect})
+    return free
 
 
 def eliminate_dead_code(jaxpr: core.Jaxpr) -> core.Jaxpr:

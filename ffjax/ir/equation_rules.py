@@ -70,8 +70,14 @@ def rules_for(eqns: Sequence[JaxprEqn]) -> list[OpShardingRule]:
     return [rules[key] for key in keys]
 
 
+def alike(eqns: Sequence[JaxprEqn]) -> list[int]:
+    """A number for each equation; equal ones have the same primitive, parameters, and shapes and dtypes of operands."""
+    numbers: dict[Key, int] = {}
+    return [numbers.setdefault(_key(eqn), len(numbers)) for eqn in eqns]
+
+
 def _key(eqn: JaxprEqn) -> Key:
-    avals = tuple((compat.shape_of(v), str(compat.dtype_of(v))) for v in eqn.invars)
+    avals = tuple([(compat.shape_of(v), compat.dtype_of(v)) for v in eqn.invars])
     params = tuple(eqn.params.items())
     try:
         hash(params)

@@ -16,6 +16,7 @@ from jax.extend.core import JaxprEqn
 from ffjax.errors import RuleError
 from ffjax.ir.compat import dtype_of, shape_of, threefry_is_partitionable
 from ffjax.ir.compose import fit, replicated
+from ffjax.ir.halo import with_halos
 from ffjax.ir.rules import OpShardingRule
 from ffjax.ir.shardy import Shape, each, elementwise, last_replicated
 
@@ -66,7 +67,7 @@ def runs_on_pieces(eqn: JaxprEqn) -> bool:
 
 def piece_params(eqn: JaxprEqn, pieces: Sequence[Shape]) -> Params:
     """The parameters with which an equation runs on pieces of its inputs, of these shapes."""
-    return _ON_PIECES[eqn.primitive.name](eqn, pieces)
+    return _ON_PIECES.get(eqn.primitive.name, _same_params)(eqn, pieces)
 
 
 def _same_params(eqn: JaxprEqn, pieces: Sequence[Shape]) -> Params:
@@ -111,7 +112,7 @@ def extra_rule(eqn: JaxprEqn) -> OpShardingRule | None:
 def adjust(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     """Shardy's rule, corrected where XLA's partitioner is known to do otherwise."""
     adjustment = _ADJUSTMENTS.get(eqn.primitive.name)
-    return rule if adjustment is None else adjustment(eqn, rule)
+    return with_halos(eqn, rule if adjustment is None else adjustment(eqn, rule))
 
 
 def shapes(eqn: JaxprEqn) -> tuple[list[Shape], list[Shape]]:
@@ -142,12 +143,12 @@ def _elementwise(eqn: JaxprEqn) -> OpShardingRule:
     return elementwise(*shapes(eqn)) or whole(eqn)
 
 
-# Each lowers to a loop, which Shardy takes for a black box.
+# Each lowers to a loop, which Shardy takes for a black box. These loop until all elements have converged: on pieces,
+# or every trip would ask all devices.
+for _name in ("igamma", "igammac", "igamma_grad_a", "regularized_incomplete_beta"):
+    register_rule(_name, on_pieces=True)(_elementwise)
+
 for _name in (
-    "igamma",
-    "igammac",
-    "igamma_grad_a",
-    "regularized_incomplete_beta",
     "threefry2x32",
     "threefry4x32",
     "philox2x32",
@@ -291,10 +292,10 @@ _ON_PIECES["conv_general_dilated"] = _grouped_pieces
 def _convolution(eqn: JaxprEqn, rule: OpShardingRule) -> OpShardingRule:
     """Factors that Shardy splits and XLA's partitioner cannot.
 
-    It gathers everything for grouped convolutions and gets some depthwise ones wrong: they run on pieces, without
-    the halos of a split image. In all others it cannot split the window in the place of the patches, which Shardy
-    allows past one patch per device. A kernel's gradient it sums over all devices, whatever it is split over, where
-    patches are split.
+    It gathers everything for grouped convolutions and gets some depthwise ones wrong: they run on pieces. In all others
+    it cannot split the window in the place of the patches, which Shardy allows past one patch per device. A kernel's
+    gradient it sums over all devices, whatever it is split over, where patches are split. What pieces of an image can
+    do with their neighbours' edges, `ffjax.ir.halo` adds to this.
     """
     numbers = eqn.params["dimension_numbers"]
     image, kernel, result = rule.operands[0], rule.operands[1], rule.results[0]

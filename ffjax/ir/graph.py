@@ -8,7 +8,8 @@ outside a loop and another way inside, and the resharding between them happens w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +18,8 @@ import numpy as np
 from ffjax.ir import compat
 from ffjax.ir.compat import Jaxpr, JaxprEqn, Var
 from ffjax.ir.compat import Literal as JaxLiteral
-from ffjax.ir.equation_rules import rules_for
+from ffjax.ir.equation_rules import alike, rules_for
+from ffjax.ir.extra_rules import extra_rule
 from ffjax.ir.inline import bodies, walk
 from ffjax.ir.rules import OpShardingRule
 from ffjax.ir.trace import Program, nbytes
@@ -28,7 +30,8 @@ NO_VALUE = -1
 
 @dataclass(slots=True, kw_only=True)
 class Value:
-    """One array of the program. `constant`: computed from literals alone, so free in any sharding."""
+    """One array of the program. `constant`: made of literals by ops that the partitioner repeats for each reader, so
+    that it is free in any sharding."""
 
     id: int
     shape: tuple[int, ...]
@@ -41,7 +44,11 @@ class Value:
 
 @dataclass(slots=True, kw_only=True)
 class Op:
-    """One equation, or one crossing of a body's border. `operands` may hold `NO_VALUE`."""
+    """One equation, or one crossing of a body's border. `operands` may hold `NO_VALUE`.
+
+    `alike`: ops that share it do the same: their equations are alike (`ffjax.ir.equation_rules.alike`), the same
+    operands are literals, and they share a rule. Borders have -1.
+    """
 
     id: int
     kind: str
@@ -51,6 +58,7 @@ class Op:
     scope: int
     eqn: JaxprEqn | None = None
     label: str = ""
+    alike: int = -1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,9 +107,10 @@ def build_graph(program: Program) -> Graph:
     return _Builder(program).build()
 
 
-def identity(shape: Sequence[int], operands: int = 1, results: int = 1) -> OpShardingRule:
+@functools.lru_cache(maxsize=4096)
+def identity(shape: tuple[int, ...], operands: int = 1, results: int = 1) -> OpShardingRule:
     dims = tuple((d,) for d in range(len(shape)))
-    return OpShardingRule(operands=(dims,) * operands, results=(dims,) * results, sizes=tuple(shape))
+    return OpShardingRule(operands=(dims,) * operands, results=(dims,) * results, sizes=shape)
 
 
 class _Builder:
@@ -109,7 +118,12 @@ class _Builder:
         self.graph = Graph(program=program)
         eqns: list[JaxprEqn] = []
         walk(program.jaxpr, lambda e: None if bodies(e) else eqns.append(e))
-        self.rules = {id(e): rule for e, rule in zip(eqns, rules_for(eqns), strict=True)}
+        numbers = alike(eqns)
+        first = dict(zip(reversed(numbers), reversed(eqns), strict=True))
+        self.rules = dict(zip(first, rules_for(list(first.values())[::-1])[::-1], strict=True))
+        self.number = {id(e): n for e, n in zip(eqns, numbers, strict=True)}
+        self.alike: dict[tuple[int, tuple[bool, ...]], int] = {}
+        self.arrays: dict[Hashable, tuple[tuple[int, ...], str, float]] = {}
 
     def build(self) -> Graph:
         graph, program = self.graph, self.graph.program
@@ -135,11 +149,12 @@ class _Builder:
 
     def value(self, var: Var, scope: int) -> int:
         index = len(self.graph.values)
-        shape = tuple(getattr(var.aval, "shape", ()))
-        dtype = getattr(var.aval, "dtype", np.dtype("bool"))
-        self.graph.values.append(
-            Value(id=index, shape=shape, dtype=str(dtype), bytes=nbytes(shape, dtype), scope=scope)
-        )
+        key = compat.shape_of(var), compat.dtype_of(var)
+        if key not in self.arrays:
+            dtype = np.dtype("bool") if key[1] is None else key[1]
+            self.arrays[key] = key[0], str(dtype), nbytes(key[0], dtype)
+        shape, dtype_name, size = self.arrays[key]
+        self.graph.values.append(Value(id=index, shape=shape, dtype=dtype_name, bytes=size, scope=scope))
         self.graph.value_of[var] = index
         return index
 
@@ -159,10 +174,21 @@ class _Builder:
         *,
         eqn: JaxprEqn | None = None,
         label: str = "",
+        alike: int = -1,
     ) -> int:
         index = len(self.graph.ops)
         self.graph.ops.append(
-            Op(id=index, kind=kind, operands=operands, results=results, rule=rule, scope=scope, eqn=eqn, label=label)
+            Op(
+                id=index,
+                kind=kind,
+                operands=operands,
+                results=results,
+                rule=rule,
+                scope=scope,
+                eqn=eqn,
+                label=label,
+                alike=alike,
+            )
         )
         for value in results:
             self.graph.values[value].producer = index
@@ -180,11 +206,14 @@ class _Builder:
                 case "remat2" | "checkpoint":
                     self.remat(eqn, scope)
                 case name:
-                    operands = tuple(self.read(v) for v in eqn.invars)
-                    results = tuple(self.value(v, scope) for v in eqn.outvars)
-                    index = self.op(name, operands, results, self.rules[id(eqn)], scope, eqn=eqn)
+                    operands = tuple([self.read(v) for v in eqn.invars])
+                    results = tuple([self.value(v, scope) for v in eqn.outvars])
+                    number = self.number[id(eqn)]
+                    own = self.alike.setdefault((number, tuple([v < 0 for v in operands])), len(self.alike))
+                    index = self.op(name, operands, results, self.rules[number], scope, eqn=eqn, alike=own)
                     self.graph.op_of[id(eqn)] = index
-                    if not eqn.effects and all(v < 0 or self.graph.values[v].constant for v in operands):
+                    constant = all(v == NO_VALUE or self.graph.values[v].constant for v in operands)
+                    if constant and _is_repeated(eqn, self.rules[number]):
                         for value in results:
                             self.graph.values[value].constant = True
 
@@ -270,7 +299,8 @@ class _Builder:
         leaves: list[list[int]] = []
         for scope, jaxpr in zip(scopes, branches, strict=True):
             # All branches take the same operands; what only another one reads does not enter this one.
-            read = {v for inner in jaxpr.eqns for v in inner.invars if isinstance(v, Var)} | set(jaxpr.outvars)
+            atoms = [*(v for inner in jaxpr.eqns for v in inner.invars), *jaxpr.outvars]
+            read = {v for v in atoms if isinstance(v, Var)}
             for atom, var in zip(eqn.invars[1:], jaxpr.invars, strict=True):
                 self.enter(eqn, self.read(atom) if var in read else NO_VALUE, var, scope)
             self.body(jaxpr, scope)
@@ -296,6 +326,16 @@ class _Builder:
             self.leave(eqn, atom, var, scope)
 
 
+def _is_repeated(eqn: JaxprEqn, rule: OpShardingRule) -> bool:
+    """Whether Shardy makes an op of constants anew for each reader: iota, broadcasts, slices and elementwise ops."""
+    if eqn.primitive.name in ("iota", "broadcast_in_dim", "slice"):
+        return True
+    own = rule.need_replication | rule.permutation | rule.reduction
+    dims = {v for v in (*rule.operands, *rule.results) if v}
+    return len(dims) <= 1 and not own and not eqn.effects and extra_rule(eqn) is None
+
+
+@functools.lru_cache(maxsize=4096)
 def _unstack(shape: tuple[int, ...]) -> OpShardingRule:
     """The rule of one step's slice of a stacked array: the leading dimension is walked, not split."""
     inner = tuple((d,) for d in range(1, len(shape)))

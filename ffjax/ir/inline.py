@@ -1,6 +1,6 @@
 """Flattens calls and lifts constants, so that a program is one jaxpr whose inputs are all its arrays.
 
-Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, remat regions without
+Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, linear solves, remat regions without
 a barrier) become plain equations. Loops, branches and remat regions with a barrier stay structured. Equal equations
 of one body become one, as XLA will make them anyway: what runs once is counted once.
 Arrays that the program closes over, at any depth, become its leading arguments, each once.
@@ -8,11 +8,13 @@ Arrays that the program closes over, at any depth, become its leading arguments,
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core
 import numpy as np
 
 from ffjax.errors import FfjaxWarning
@@ -25,7 +27,10 @@ from ffjax.ir.compat import (
     eliminate_dead_code,
     is_extended,
     placed,
+    shape_of,
     source_line,
+    struct_of,
+    unordered,
     with_equations,
 )
 
@@ -40,25 +45,33 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "linear_call": "callee",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
 
 
+Lines = dict[str, dict[str, None]]
+"""What the plan cannot keep of a step, as a sentence with room for the lines where it is."""
+
+_CONSTRAINTS = (
+    "sharding constraints of its own ({}), which are left out: the plan decides. Remedy: remove them; what must stay "
+    "as it is can be pinned (pins=)"
+)
+_ORDER = "ordered prints or callbacks ({}), which come in any order on several devices. Remedy: ordered=False"
+
+
 def inline(closed: ClosedJaxpr) -> tuple[Jaxpr, tuple[Array, ...]]:
     """Returns `(jaxpr, closures)`: the jaxpr takes the arrays `closures` first, then its own arguments.
 
-    Sharding constraints, which name a mesh that is not the plan's, are left out; one `FfjaxWarning` lists their lines.
+    Sharding constraints, which name a mesh that is not the plan's, are left out, and so is the order of debug prints;
+    one `FfjaxWarning` of each lists their lines.
     """
-    dropped: dict[str, None] = {}
+    dropped: Lines = {}
     jaxpr, closures = _Body(closed.jaxpr, closed.consts, dropped).build()
-    if dropped:
-        warnings.warn(
-            f"the step has sharding constraints of its own ({', '.join(dropped)}), which are left out: the plan "
-            "decides. Remedy: remove them; what must stay as it is can be pinned (pins=)",
-            FfjaxWarning,
-            stacklevel=2,
-        )
+    for what, lines in dropped.items():
+        warnings.warn(f"the step has {what.format(', '.join(lines))}", FfjaxWarning, stacklevel=2)
     return eliminate_dead_code(jaxpr), closures
 
 
@@ -72,9 +85,7 @@ def is_barrier(eqn: JaxprEqn) -> bool:
 class _Body:
     """One jaxpr on its way to being flat: fresh variables, lifted constants, new equations."""
 
-    def __init__(
-        self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: dict[str, None], caller: JaxprEqn | None = None
-    ) -> None:
+    def __init__(self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: Lines, caller: JaxprEqn | None = None) -> None:
         self.jaxpr = jaxpr
         self.dropped = dropped
         self.caller = caller
@@ -108,30 +119,35 @@ class _Body:
 
     def add(self, jaxpr: Jaxpr, env: dict[Var, Atom]) -> None:
         for eqn in jaxpr.eqns:
-            eqn = placed(eqn, self.caller)  # noqa: PLW2901
+            given = _scalar_test(placed(eqn, self.caller))
+            eqn = unordered(given)  # noqa: PLW2901
+            if eqn is not given:
+                self.dropped.setdefault(_ORDER, {})[source_line(eqn)] = None
             operands = [self.read(v, env) for v in eqn.invars]
             name = eqn.primitive.name
             if name in _CALLS and not is_barrier(eqn):
-                results = self.call(eqn, operands)
-            elif name == "sharding_constraint":
-                self.dropped[source_line(eqn)] = None
+                results = self.call(eqn, eqn.params[_CALLS[name]], operands)
+            elif name == "custom_linear_solve":
+                # As it lowers: the solver, on its own constants and the right-hand sides.
+                counts = eqn.params["const_lengths"]
+                start, stop = counts.matvec + counts.vecmat, sum(counts)
+                own = operands[start : start + counts.solve] + operands[stop:]
+                results = self.call(eqn, eqn.params["jaxprs"].solve, own)
+            elif name in ("sharding_constraint", "shard_alike"):
+                self.dropped.setdefault(_CONSTRAINTS, {})[source_line(eqn)] = None
                 results = operands
             else:
                 params, extra = self.params(eqn)
                 operands = _insert(eqn, operands, extra)
                 key = _identity(eqn, operands)
-                if key is not None and key in self.known:
-                    results = list(self.known[key])
-                else:
-                    fresh = [Var(v.aval) for v in eqn.outvars]
+                fresh = [Var(v.aval) for v in eqn.outvars]
+                made = fresh if key is None else self.known.setdefault(key, fresh)
+                if made is fresh:
                     self.eqns.append(eqn.replace(invars=operands, outvars=fresh, params=params))
-                    if key is not None:
-                        self.known[key] = fresh
-                    results = list(fresh)
+                results = list(made)
             env.update(zip(eqn.outvars, results, strict=True))
 
-    def call(self, eqn: JaxprEqn, operands: list[Atom]) -> list[Atom]:
-        body: Jaxpr | ClosedJaxpr = eqn.params[_CALLS[eqn.primitive.name]]
+    def call(self, eqn: JaxprEqn, body: Jaxpr | ClosedJaxpr, operands: list[Atom]) -> list[Atom]:
         jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
         env: dict[Var, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update((v, self.lift(c, v.aval)) for v, c in zip(jaxpr.constvars, consts, strict=True))
@@ -191,8 +207,44 @@ def _identity(eqn: JaxprEqn, operands: Sequence[Atom]) -> object | None:
         hash(params)
     except TypeError:
         return None
-    atoms = tuple((str(a.aval), np.asarray(a.val).tobytes()) if isinstance(a, Literal) else id(a) for a in operands)
+    atoms = tuple([(_text(a.aval), np.asarray(a.val).tobytes()) if isinstance(a, Literal) else id(a) for a in operands])
     return (eqn.primitive, params, atoms, eqn.ctx.compute_type)
+
+
+_text = functools.lru_cache(maxsize=1024)(str)
+
+
+def _scalar_test(eqn: JaxprEqn) -> JaxprEqn:
+    """A loop whose test is one for each example (a `while_loop` under `vmap`) as one that tests whether any goes on.
+
+    That is what JAX lowers it to; here the reduction over examples, and the examples that stay, are ops to plan.
+    """
+    if eqn.primitive.name != "while" or not shape_of(eqn.params["cond_jaxpr"].jaxpr.outvars[0]):
+        return eqn
+    test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    tested, read = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+    def goes_on(*args: jax.Array) -> jax.Array:
+        each: jax.Array = jax.extend.core.jaxpr_as_fun(test)(*args)[0]
+        return each.any()
+
+    def advance(*args: jax.Array) -> list[jax.Array]:
+        consts, carry = args[:tested], args[tested + read :]
+        each = jax.extend.core.jaxpr_as_fun(test)(*consts, *carry)[0]
+        new = jax.extend.core.jaxpr_as_fun(body)(*args[tested:])
+        return [
+            jax.lax.select(jax.lax.broadcast_in_dim(each, a.shape, range(each.ndim)), a, b)
+            for a, b in zip(new, carry, strict=True)
+        ]
+
+    avals = [struct_of(v) for v in (*eqn.invars[:tested], *body.jaxpr.invars)]
+    params = dict(eqn.params) | {
+        "cond_jaxpr": jax.make_jaxpr(goes_on)(*avals[:tested], *avals[tested + read :]),
+        "body_jaxpr": jax.make_jaxpr(advance)(*avals),
+        "body_nconsts": tested + read,
+    }
+    scalar: JaxprEqn = eqn.replace(invars=[*eqn.invars[:tested], *eqn.invars], params=params)
+    return scalar
 
 
 def _insert(eqn: JaxprEqn, operands: list[Atom], extra: dict[str, list[Atom]]) -> list[Atom]:

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ffjax.ir.assignment import Assignment, scattered, spec_of
-from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.graph import Graph
+from ffjax.ir.halo import Cut, exchanges, halos, split_halos
+from ffjax.ir.op_kinds import ends_in_its_sum
 from ffjax.ir.regions import Dims, Regions
 from ffjax.ir.reshard_chain import Hop, reshard_chain
 from ffjax.ir.spec import Collective, CollectiveKind, MeshShape, Spec, shard_count
@@ -59,12 +61,10 @@ class Layout:
 
     def home(self, value: int) -> Spec:
         """The sharding in which a value is made."""
-        region = self.regions.regions[self.regions.region_of[self.graph.values[value].producer]]
-        return (
-            scattered(self.partial(value), self.assignments[region.id], self.mesh)
-            if region.solo
-            else self.partial(value)
-        )
+        if not self.regions.may_scatter(value):
+            return self.partial(value)
+        region = self.regions.region_of[self.graph.values[value].producer]
+        return scattered(self.partial(value), self.assignments[region], self.mesh)
 
     def operand(self, op: int, index: int) -> Spec:
         """The sharding in which an op reads its operand."""
@@ -72,11 +72,18 @@ class Layout:
         return self._spec(region, self.regions.ports[op].operands[index])
 
     def partial_axes(self, op: int) -> tuple[str, ...]:
-        """The mesh axes over which an op's results are partial sums."""
-        region = self.regions.region_of[op]
-        assignment = self.assignments[region]
-        reduced = self.regions.ports[op].reduced
-        return tuple(n for n, a in zip(self.mesh.axes, assignment.atoms, strict=True) if a in reduced)
+        """The mesh axes over which an op's results are partial sums that are reduced there."""
+        return self._axes(op, self.regions.ports[op].reduced)
+
+    def pending_axes(self, op: int) -> tuple[str, ...]:
+        """The mesh axes over which an op's results stay partial sums, for an op to come to reduce."""
+        return self._axes(op, self.regions.ports[op].pending)
+
+    def _axes(self, op: int, atoms: tuple[int, ...]) -> tuple[str, ...]:
+        if not atoms:
+            return ()
+        assignment = self.assignments[self.regions.region_of[op]]
+        return tuple(n for n, a in zip(self.mesh.axes, assignment.atoms, strict=True) if a in atoms)
 
     def local_bytes(self, value: int, spec: Spec | None = None) -> float:
         return self.graph.values[value].bytes / shard_count(self.home(value) if spec is None else spec, self.mesh)
@@ -84,14 +91,12 @@ class Layout:
     def copies(self) -> Iterator[tuple[int, Spec, int, int]]:
         """Every resharding: (value, the sharding it is read in, scope, first op that reads it so)."""
         seen: set[tuple[int, Spec, int]] = set()
-        for op in self.graph.ops:
-            for index, value in enumerate(op.operands):
-                if value == NO_VALUE or self.graph.values[value].constant or not self.graph.values[value].shape:
-                    continue
-                spec = self.operand(op.id, index)
-                if spec != self.home(value) and (value, spec, op.scope) not in seen:
-                    seen.add((value, spec, op.scope))
-                    yield value, spec, op.scope, op.id
+        ops = self.graph.ops
+        for edge in self.regions.edges:
+            spec, scope = self.operand(edge.op, edge.operand), ops[edge.op].scope
+            if spec != self.home(edge.value) and (edge.value, spec, scope) not in seen:
+                seen.add((edge.value, spec, scope))
+                yield edge.value, spec, scope, edge.op
 
     def collectives(self) -> list[PlannedCollective]:
         """All collectives of a step: reductions of partial sums, and resharding."""
@@ -117,6 +122,17 @@ class Layout:
                         merged=self.regions.merged_sums[value],
                     )
                 )
+        for op in graph.ops:
+            found += [
+                PlannedCollective(
+                    collective=collective,
+                    count=graph.scopes[op.scope].trips,
+                    op=op.id,
+                    value=op.operands[halos(op.eqn)[0].operand],
+                    merged=False,
+                )
+                for collective in self.exchanges(op.id)
+            ]
         # Ways that begin alike share their beginning.
         moved: set[tuple[int, int, tuple[Spec, ...]]] = set()
         for value, spec, scope, op_id in self.copies():
@@ -139,6 +155,21 @@ class Layout:
                 )
         return found
 
+    def cuts(self, op: int) -> list[Cut]:
+        """The dimensions of an op's image that are cut where a window slides over it."""
+        eqn = self.graph.ops[op].eqn
+        found = halos(eqn)
+        return split_halos(eqn, self.operand(op, found[0].operand), self.mesh) if found else []
+
+    def exchanges(self, op: int) -> list[Collective]:
+        """The permutes by which devices fetch the edges of their neighbours' pieces of an image."""
+        if not self.cuts(op):
+            return []
+        eqn = self.graph.ops[op].eqn
+        index = halos(eqn)[0].operand
+        spec = self.operand(op, index)
+        return exchanges(eqn, spec, self.mesh, self.local_bytes(self.graph.ops[op].operands[index], spec))
+
     def reads(self) -> dict[int, set[Spec]]:
         """For each value that is a reduced partial sum the shardings in which it is read."""
         graph = self.graph
@@ -157,7 +188,7 @@ class Layout:
         home, partial = self.home(value), self.partial(value)
         if home != partial:
             return True
-        if len(reads) != 1:
+        if len(reads) != 1 or not ends_in_its_sum(self.graph.ops[self.graph.values[value].producer]):
             return False
         way = self.way(value, *reads)
         if not way or way[0].step is not None:

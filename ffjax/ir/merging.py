@@ -1,8 +1,8 @@
 """Which collectives a compiler can merge: those that nothing waits for, and those that wait for nothing.
 
-Gradients are summed for the optimizer alone, and weights can be gathered at any time before they are used: such
-collectives are independent of each other, and XLA:GPU makes one of many small ones. The sum of an activation is waited
-for by the next op that does work, and stands alone.
+Gradients are summed for the optimizer alone, weights can be gathered at any time before they are used, and what the
+optimizer has updated at any time after: such collectives are independent of each other, and XLA:GPU makes one of many
+small ones. The sum of an activation is waited for by the next op that does work, and stands alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def merged_sums(graph: Graph) -> list[bool]:
 
 
 def merged_copies(graph: Graph) -> list[bool]:
-    """For each value whether it is there from the start: an argument, or made of arguments by light ops alone."""
+    """For each value whether it is there from the start (light ops make it of arguments), or nothing waits for it."""
+    unread = merged_sums(graph)
     carried = _carried(graph, "result")
     ready = [False] * len(graph.values)
     for op in graph.ops:
@@ -36,7 +37,7 @@ def merged_copies(graph: Graph) -> list[bool]:
         )
         for value in op.results:
             ready[value] = is_ready or graph.values[value].constant
-    return ready
+    return [a or b for a, b in zip(ready, unread, strict=True)]
 
 
 def _carried(graph: Graph, side: str) -> set[int]:

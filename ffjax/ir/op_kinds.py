@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from jax.lax import GatherScatterMode
 
 from ffjax.ir.graph import Op
@@ -62,22 +64,28 @@ WORK = frozenset(
 
 
 def is_reduction(op: Op) -> bool:
-    return op.kind in ("argmax", "argmin", "reduce") or (
-        op.kind.startswith("reduce_") and op.kind not in ("reduce_precision", "reduce_window")
+    return _reduces(op.kind)
+
+
+@functools.cache
+def _reduces(kind: str) -> bool:
+    return kind in ("argmax", "argmin", "reduce") or (
+        kind.startswith("reduce_") and kind not in ("reduce_precision", "reduce_window")
     )
 
 
 def is_light(op: Op) -> bool:
     """Whether an op follows its neighbours' sharding for free."""
-    if op.kind in WORK or is_reduction(op):
-        return False
-    return all(len(dim) <= 1 for value in op.rule.operands + op.rule.results for dim in value)
+    return op.rule.is_plain and op.kind not in WORK and not _reduces(op.kind)
 
 
 def ends_in_its_sum(op: Op) -> bool:
     """Whether an op's partial sums are its result as it lowers, so that they can be scattered where they are summed.
 
-    A gather that fills what is out of bounds masks its result after the all-reduce.
+    A gather that fills what is out of bounds masks its result after the all-reduce; argmax and argmin reduce values
+    beside the indices, which nobody slices.
     """
+    if op.kind in ("argmax", "argmin"):
+        return False
     mode = None if op.eqn is None else op.eqn.params.get("mode")
     return op.kind != "gather" or mode != GatherScatterMode.FILL_OR_DROP

@@ -11,26 +11,20 @@ split with one that cannot: there the edge stays, and resharding across it is pr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, Factors
+import numpy as np
+
+from ffjax.ir.atoms import Atoms, Dims, Ints, OpDims, connected
+from ffjax.ir.compose import NEED_REPLICATION
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.merging import merged_copies, merged_sums
 from ffjax.ir.op_kinds import is_light, is_reduction
+from ffjax.ir.sums import CONTRACTION, Contracted, DelayedSum, delayed_sums
 
-Dims = tuple[tuple[int, ...], ...]
-"""For each dimension of a value the atoms that index it, major to minor, numbered within one region."""
-
-
-@dataclass(slots=True, kw_only=True)
-class OpDims:
-    """The dimensions of an op's operands and results, in atoms of its region."""
-
-    operands: tuple[Dims, ...]
-    results: tuple[Dims, ...]
-    reduced: tuple[int, ...]
-    """Atoms over which the op reduces: where they are split, its results are partial sums."""
+__all__ = ["Dims", "Edge", "OpDims", "Region", "Regions", "find_regions"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +38,9 @@ class Region:
     sizes: tuple[int, ...] = ()
     kinds: tuple[int, ...] = ()
     solo: bool = False
-    """One op that does work: its partial results may be reduce-scattered."""
+    """One op that does work, or one delayed sum: the partial results of the last op may be reduce-scattered."""
+    merged: frozenset[Dims] = frozenset()
+    """The views of its values that have a dimension of several factors."""
 
     def can_split(self, atom: int) -> bool:
         return not self.kinds[atom] & NEED_REPLICATION
@@ -79,6 +75,12 @@ class Regions:
     merged_copies: list[bool]
     """The same of a copy of it in another sharding."""
 
+    def may_scatter(self, value: int) -> bool:
+        """Whether an assignment's `scatter` is about this value."""
+        producer = self.graph.values[value].producer
+        region = self.regions[self.region_of[producer]]
+        return region.solo and region.ops[-1] == producer
+
 
 def find_regions(graph: Graph) -> Regions:
     """Joins the program's ops into regions, in near-linear time."""
@@ -88,43 +90,38 @@ def find_regions(graph: Graph) -> Regions:
 class _Joiner:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.factors = Factors()
-        # By op: the atoms of each operand's and each result's dimensions.
-        self.dims: list[tuple[list[list[list[int]]], list[list[list[int]]]]] = []
-        # By atom: which values it indexes, so that a join that would index one twice is seen.
-        self.where: dict[int, set[tuple[int, int]]] = {}
-        for op in graph.ops:
-            operands, results = self.factors.instantiate(op.rule)
-            self.dims.append((operands, results))
-            for slot, dims in enumerate(operands + results):
-                for dim in dims:
-                    for atom in dim:
-                        self.where.setdefault(atom, set()).add((op.id, slot))
+        self.atoms = Atoms([op.rule for op in graph.ops])
+        self.made = [(0, 0)] * len(graph.values)
+        """For each value the op that makes it, and as which of its results."""
         self.consumers: list[list[tuple[int, int]]] = [[] for _ in graph.values]
         for op in graph.ops:
+            for index, value in enumerate(op.results):
+                self.made[value] = (op.id, index)
             for index, value in enumerate(op.operands):
                 if value != NO_VALUE:
                     self.consumers[value].append((op.id, index))
         self.light = [is_light(op) for op in graph.ops]
+        self.sums: list[DelayedSum] = []
 
     def join(self) -> Regions:
-        graph = self.graph
-        for (op_a, side_a, i), (op_b, side_b, j) in graph.ties:
-            self.unify(self.port(op_a, side_a, i), self.port(op_b, side_b, j), force=True)
-        for op in graph.ops:
-            if not self.light[op.id]:
-                continue
-            for index, value in enumerate(op.operands):
-                if value != NO_VALUE and self.follows(op, value):
-                    producer = graph.values[value].producer
-                    result = graph.ops[producer].results.index(value)
-                    self.unify(self.dims[producer][1][result], self.dims[op.id][0][index])
+        atoms = self.atoms
+        for a, b in self.graph.ties:
+            atoms.unify(atoms.base[a[0]], atoms.base[b[0]], atoms.pairs(atoms.view(*a), atoms.view(*b)), force=True)
+        self.join_sums()
+        for op in self.graph.ops:
+            if self.light[op.id]:
+                for index, value in enumerate(op.operands):
+                    if value != NO_VALUE and self.follows(op, value):
+                        self.pass_on(value, op.id, index)
         self.join_reductions()
         self.join_namesakes()
         return self.collect()
 
-    def port(self, op: int, side: str, index: int) -> list[list[int]]:
-        return self.dims[op][0 if side == "operand" else 1][index]
+    def pass_on(self, value: int, op: int, operand: int) -> None:
+        """Joins a value as it is made with an operand of an op that reads it."""
+        atoms, (maker, result) = self.atoms, self.made[value]
+        pairs = atoms.pairs((atoms.of[maker], "result", result), (atoms.of[op], "operand", operand))
+        atoms.unify(atoms.base[maker], atoms.base[op], pairs)
 
     def follows(self, op: Op, value: int) -> bool:
         """Whether an op takes over the sharding of the value that it reads."""
@@ -142,13 +139,16 @@ class _Joiner:
 
     def join_reductions(self) -> None:
         """A reduction whose result comes back to its operand's region (mean, max, norm) belongs to it."""
-        roots = self.components()
+        roots = self.atoms.components().tolist()
         joined: dict[int, int] = {}
 
         def root(op: int) -> int:
-            at = roots[op]
+            first: int = roots[op]
+            at = first
             while at in joined:
                 at = joined[at]
+            if at != first:
+                joined[first] = at
             return at
 
         for op in self.graph.ops:
@@ -160,154 +160,151 @@ class _Joiner:
                 continue
             readers = [(c, i) for c, i in self.consumers[op.results[0]] if self.light[c]]
             if any(root(c) == root(producer.id) for c, _ in readers):
-                self.unify(self.dims[producer.id][1][producer.results.index(value.id)], self.dims[op.id][0][0])
+                self.pass_on(value.id, op.id, 0)
                 for c, i in readers:
-                    self.unify(self.dims[op.id][1][0], self.dims[c][0][i])
+                    self.pass_on(op.results[0], c, i)
                     if root(c) != root(producer.id):
                         joined[root(c)] = root(producer.id)
+
+    def names(self) -> Ints:
+        """For each atom which dimension of the program it is: atoms that meet in a value are of one name."""
+        atoms, values = self.atoms, self.graph.values
+        # Reads by which atoms meet in them: for each the first atoms of the two ops.
+        meetings: dict[tuple[tuple[int, int], ...], tuple[list[int], list[int]]] = {}
+        for op in self.graph.ops:
+            template, base = atoms.of[op.id], atoms.base[op.id]
+            for index, value in enumerate(op.operands):
+                if value == NO_VALUE or values[value].constant:
+                    continue
+                maker, result = self.made[value]
+                pairs = atoms.pairs((atoms.of[maker], "result", result), (template, "operand", index))
+                if pairs:
+                    made, read = meetings.setdefault(pairs, ([], []))
+                    made.append(atoms.base[maker])
+                    read.append(base)
+        root = atoms.roots()
+        left, right = [root[:0]], [root[:0]]
+        for pairs, (made, read) in meetings.items():
+            left += [root[np.array(made) + x] for x, _ in pairs]
+            right += [root[np.array(read) + y] for _, y in pairs]
+        return connected(len(root), np.concatenate(left), np.concatenate(right))
+
+    def join_sums(self) -> None:
+        """The contractions of a delayed sum and the ops that add them up are one region, sharded alike."""
+        atoms = self.atoms
+        name: list[int] = self.names().tolist()
+        contracted = Contracted(
+            atoms=lambda op: atoms.contracted(op.id), size=lambda a: atoms.sizes[a], name=lambda a: name[a]
+        )
+        for found in delayed_sums(self.graph, self.consumers, contracted):
+            meetings = [*self.inside(found), *found.pairs]
+            if all(a >= 0 and atoms.joins(a, b) for a, b in meetings):
+                for a, b in meetings:
+                    atoms.unify(a, b, ((0, 0),))
+                self.sums.append(found)
+                for op in found.ops:
+                    self.light[op] = False
+
+    def inside(self, found: DelayedSum) -> Iterable[tuple[int, int]]:
+        """The atoms of each value that passes from one op of a delayed sum to the next; -1 where they do not agree."""
+        atoms = self.atoms
+        for op in (self.graph.ops[o] for o in found.ops):
+            for index, value in enumerate(op.operands):
+                if op.kind != CONTRACTION and value != NO_VALUE:
+                    maker, result = self.made[value]
+                    made, read = atoms.of[maker].results[result], atoms.of[op.id].operands[index]
+                    pairs = atoms.pairs((atoms.of[maker], "result", result), (atoms.of[op.id], "operand", index))
+                    if len(pairs) < max(sum(map(len, made)), sum(map(len, read))):
+                        yield -1, -1
+                    for x, y in pairs:
+                        yield atoms.base[maker] + x, atoms.base[op.id] + y
 
     def join_namesakes(self) -> None:
         """Joins atoms of one region that are the same dimension of the program but never meet in one value.
 
         Two computations that share only a small table have a batch each: one mesh axis could not split both.
         """
-        names = Factors()
-        parts = self.components()
-        atoms = {a for a in self.where if self.factors.find(a) == a}
-        name = {a: names.new(self.factors.size(a)) for a in sorted(atoms)}
-        for op in self.graph.ops:
-            for index, value in enumerate(op.operands):
-                if value == NO_VALUE or self.graph.values[value].constant:
-                    continue
-                producer = self.graph.ops[self.graph.values[value].producer]
-                made = self.dims[producer.id][1][producer.results.index(value)]
-                for left, right in zip(made, self.dims[op.id][0][index], strict=True):
-                    xs, ys = self.factors.leaves(left), self.factors.leaves(right)
-                    if [self.factors.size(x) for x in xs] == [self.factors.size(y) for y in ys]:
-                        for x, y in zip(xs, ys, strict=True):
-                            names.merge(name[x], name[y])
+        atoms, name = self.atoms, self.names()
+        root = atoms.roots()
+        part = np.zeros(len(root), dtype=np.int64)
+        part[root[atoms.row]] = atoms.components()[atoms.row_op]
+        distinct = np.unique(root[atoms.row])
         alike: dict[tuple[int, int, int], list[int]] = {}
-        for atom in sorted(atoms):
-            key = (parts[min(self.where[atom])[0]], names.find(name[atom]), self.factors.size(atom))
-            alike.setdefault(key, []).append(atom)
+        for atom, *found in zip(*(a.tolist() for a in (distinct, part[distinct], name[distinct])), strict=True):
+            alike.setdefault((found[0], found[1], atoms.sizes[atom]), []).append(atom)
         for group in alike.values():
             for other in group[1:]:
-                self.unify([[group[0]]], [[other]])
-
-    def components(self) -> list[int]:
-        """For each op the first op of its region: ops that share an atom are in one."""
-        parent = list(range(len(self.graph.ops)))
-        owner: dict[int, int] = {}
-
-        def find(op: int) -> int:
-            while parent[op] != op:
-                parent[op] = parent[parent[op]]
-                op = parent[op]
-            return op
-
-        for op in self.graph.ops:
-            for side in self.dims[op.id]:
-                for value in side:
-                    for dim in value:
-                        for atom in self.factors.leaves(dim):
-                            a, b = find(op.id), find(owner.setdefault(atom, op.id))
-                            if a != b:
-                                parent[max(a, b)] = min(a, b)
-        return [find(op.id) for op in self.graph.ops]
-
-    def unify(self, a: list[list[int]], b: list[list[int]], *, force: bool = False) -> None:
-        """Joins two views of one value, dimension by dimension, wherever that is sound."""
-        factors = self.factors
-        for left, right in zip(a, b, strict=True):
-            xs, ys = factors.leaves(left), factors.leaves(right)
-            if [factors.size(x) for x in xs] != [factors.size(y) for y in ys]:
-                if force:
-                    factors.unify(left, right)
-                continue
-            for x, y in zip(xs, ys, strict=True):
-                if x == y:
-                    continue
-                splittable = (factors.kind(x) ^ factors.kind(y)) & (NEED_REPLICATION | PERMUTATION) == 0
-                small, large = sorted((self.where.get(x, set()), self.where.get(y, set())), key=len)
-                if force or (splittable and small.isdisjoint(large)):
-                    factors.merge(x, y)
-                    large |= small
-                    self.where.pop(x, None), self.where.pop(y, None)
-                    self.where[factors.find(x)] = large
-
-    def reduced(self, op: Op) -> Iterable[int]:
-        """The atoms of an op's reduction factors."""
-        if op.rule.reduction:
-            for value, dims in zip(op.rule.operands, self.dims[op.id][0], strict=True):
-                for dim, atoms in zip(value, dims, strict=True):
-                    factors = [f for f in dim if op.rule.sizes[f] > 1]
-                    for factor, atom in zip(factors, atoms, strict=True):
-                        if factor in op.rule.reduction:
-                            yield from self.factors.leaves((atom,))
+                atoms.unify(group[0], other, ((0, 0),))
 
     def collect(self) -> Regions:
         """Numbers the regions and, within each, its atoms, both in the order of the ops."""
-        graph, factors = self.graph, self.factors
-        roots = self.components()
-        resolved: list[tuple[list[tuple[tuple[int, ...], ...]], list[tuple[tuple[int, ...], ...]]]] = []
-        for op in graph.ops:
-            both = tuple(
-                [tuple(tuple(factors.leaves(dim)) for dim in value) for value in side] for side in self.dims[op.id]
-            )
-            resolved.append((both[0], both[1]))
-        regions: list[Region] = []
-        numbers: dict[int, int] = {}
-        region_of: list[int] = []
-        local: list[dict[int, int]] = []
-        home: list[Dims] = [()] * len(graph.values)
+        graph, joined = self.graph, self.atoms
+        first_op, region_of = np.unique(joined.components(), return_inverse=True)
+        regions = [Region(id=i) for i in range(len(first_op))]
+        root = joined.roots()
+        # Atoms by region and, within it, by appearance.
+        atoms, appears = np.unique(root[joined.row], return_index=True)
+        owner = region_of[joined.row_op[appears]]
+        order = np.lexsort((appears, owner))
+        atoms, owner = atoms[order], owner[order]
+        number = np.zeros(len(root), dtype=np.int64)
+        number[atoms] = np.arange(len(atoms)) - np.searchsorted(owner, owner)
+        local: list[int] = number[root].tolist()
+        shared: dict[tuple[int, tuple[int, ...]], OpDims] = {}
         ports: list[OpDims] = []
-        for op in graph.ops:
-            root = roots[op.id]
-            if root not in numbers:
-                numbers[root] = len(regions)
-                regions.append(Region(id=len(regions)))
-                local.append({})
-            region, names = regions[numbers[root]], local[numbers[root]]
-
-            def name(value: tuple[tuple[int, ...], ...], names: dict[int, int] = names) -> Dims:
-                return tuple(tuple(names.setdefault(a, len(names)) for a in dim) for dim in value)
-
-            operands = tuple(name(v) for v in resolved[op.id][0])
-            results = tuple(name(v) for v in resolved[op.id][1])
-            reduced = tuple(dict.fromkeys(names[leaf] for leaf in self.reduced(op)))
-            region.ops.append(op.id)
-            ports.append(OpDims(operands=operands, results=results, reduced=reduced))
-            region.dims.append(ports[-1])
-            region_of.append(region.id)
-            for value, dims in zip(op.results, results, strict=True):
-                home[value] = dims
-        for region, names in zip(regions, local, strict=True):
-            region.sizes = tuple(factors.size(a) for a in names)
-            twice = _indexed_twice(region)
-            region.kinds = tuple(factors.kind(a) | (NEED_REPLICATION if n in twice else 0) for a, n in names.items())
+        home: list[Dims] = [()] * len(graph.values)
+        for op, region, template, base in zip(graph.ops, region_of.tolist(), joined.of, joined.base, strict=True):
+            names = tuple(local[base : base + len(template.sizes)])
+            dims = shared.get((id(template), names))
+            if dims is None:
+                dims = shared[id(template), names] = template.dims(names)
+            ports.append(dims)
+            regions[region].ops.append(op.id)
+            regions[region].dims.append(dims)
+            for value, port in zip(op.results, dims.results, strict=True):
+                home[value] = port
+        twice = {id(dims): _indexed_twice(dims) for dims in shared.values()}
+        bounds = np.searchsorted(owner, np.arange(len(regions) + 1)).tolist()
+        for region, start, end in zip(regions, bounds, bounds[1:], strict=False):
+            own = atoms[start:end].tolist()
+            distinct = {id(dims): dims for dims in region.dims}
+            doubled = frozenset[int]().union(*[twice[key] for key in distinct])
+            region.merged = frozenset(
+                v for dims in distinct.values() for v in dims.operands + dims.results if any(len(dim) > 1 for dim in v)
+            )
+            region.sizes = tuple(joined.sizes[a] for a in own)
+            region.kinds = tuple(joined.kinds[a] | (NEED_REPLICATION if n in doubled else 0) for n, a in enumerate(own))
             region.solo = len(region.ops) == 1 and not self.light[region.ops[0]]
+        for found in self.sums:
+            region = regions[region_of[found.ops[-1]]]
+            delayed = {int(number[root[a]]) for a in found.reduced}
+            if tuple(region.ops) == found.ops and delayed:
+                region.solo = True
+                region.dims = _delayed(region, delayed)
+                for op, dims in zip(region.ops, region.dims, strict=True):
+                    ports[op] = dims
+        made_in = region_of[[v.producer for v in graph.values]].tolist()
         edges = [
             Edge(
                 value=value,
-                source=region_of[graph.values[value].producer],
+                source=made_in[value],
                 source_dims=home[value],
-                target=region_of[op.id],
-                target_dims=ports[op.id].operands[index],
+                target=region,
+                target_dims=dims,
                 op=op.id,
                 operand=index,
             )
-            for op in graph.ops
-            for index, value in enumerate(op.operands)
+            for op, region, port in zip(graph.ops, region_of.tolist(), ports, strict=True)
+            for index, (value, dims) in enumerate(zip(op.operands, port.operands, strict=True))
             if value != NO_VALUE
+            and (made_in[value] != region or home[value] != dims)
             and graph.values[value].shape
             and not graph.values[value].constant
-            and (region_of[graph.values[value].producer], home[value])
-            != (region_of[op.id], ports[op.id].operands[index])
         ]
         return Regions(
             graph=graph,
             regions=regions,
-            region_of=region_of,
+            region_of=region_of.tolist(),
             ports=ports,
             home=home,
             edges=edges,
@@ -316,12 +313,25 @@ class _Joiner:
         )
 
 
-def _indexed_twice(region: Region) -> set[int]:
-    """Atoms that index two dimensions of one value, which no mesh axis can split."""
+def _delayed(region: Region, shared: set[int]) -> list[OpDims]:
+    """With the sums over the atoms that all contractions of a delayed sum reduce over left to its last op."""
+    pending = tuple(sorted(shared))
+    *before, last = region.dims
+    return [
+        *(
+            dataclasses.replace(d, reduced=tuple(a for a in d.reduced if a not in shared), pending=pending)
+            for d in before
+        ),
+        dataclasses.replace(last, reduced=pending),
+    ]
+
+
+def _indexed_twice(dims: OpDims) -> frozenset[int]:
+    """Atoms that index two dimensions of one value, or a sum and what is summed: no mesh axis can split both."""
     twice: set[int] = set()
-    for dims in region.dims:
-        for value in dims.operands + dims.results:
-            flat = [a for dim in value for a in dim]
-            if len(flat) != len(set(flat)):
-                twice |= {a for a in flat if flat.count(a) > 1}
-    return twice
+    for value in dims.operands + dims.results:
+        flat = [a for dim in value for a in dim]
+        if len(flat) != len(set(flat)):
+            twice |= {a for a in flat if flat.count(a) > 1}
+    twice |= {a for value in dims.results for dim in value for a in dim if a in dims.reduced}
+    return frozenset(twice)

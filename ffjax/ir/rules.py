@@ -31,6 +31,8 @@ class OpShardingRule:
     reduction: frozenset[int] = field(default_factory=frozenset)
     need_replication: frozenset[int] = field(default_factory=frozenset)
     permutation: frozenset[int] = field(default_factory=frozenset)
+    is_plain: bool = field(init=False, repr=False, compare=False, default=True)
+    """Whether every dimension is one factor, or none."""
 
     def __post_init__(self) -> None:
         factors = range(len(self.sizes))
@@ -38,6 +40,8 @@ class OpShardingRule:
             for dim in value:
                 if any(f not in factors for f in dim):
                     raise ValueError(f"a dimension names factors {dim}, the rule has {len(self.sizes)}")
+                if len(dim) > 1:
+                    object.__setattr__(self, "is_plain", False)
 
     def shape(self, value: DimFactors) -> tuple[int, ...]:
         """The shape of a value as its factors' sizes give it."""

@@ -18,7 +18,7 @@ import numpy as np
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
 from ffjax.errors import TraceError
-from ffjax.ir.compat import Jaxpr
+from ffjax.ir.compat import Jaxpr, without_references
 from ffjax.ir.inline import Array, inline
 
 _LIBRARIES = (str(Path(jax.__file__).parent), str(Path(__file__).parents[1]))
@@ -106,7 +106,7 @@ def trace(
             f"{fn_name} uses a value that another traced function left behind in a list, an attribute or a global. "
             "Remedy: return such values as results, and pass them as arguments."
         )
-    jaxpr, closures = inline(closed)
+    jaxpr, closures = inline(without_references(closed))
     arg_leaves = tuple(_leaf(path, aval, root) for path, aval, root in zip(paths, avals, roots, strict=True))
     is_tuple = isinstance(jax.tree.unflatten(out_tree[0], [None] * len(results)), (tuple, list))
     result_leaves = tuple(

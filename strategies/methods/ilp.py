@@ -18,6 +18,7 @@ relaxation tight (Alpa, OSDI 2022, section 4.2, linearises the same products pai
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.strategies.problem import Problem
+from ffjax.strategies.methods.base import Solution
+from ffjax.strategies.problem import Problem, total_seconds
 
 Floats = NDArray[np.float64]
 _SCALE = 1e6
@@ -42,17 +44,6 @@ class Instant:
     """By transfer: the bytes of its copy in each column."""
     fixed_bytes: float
     budget_bytes: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
-    """`choice[n]` is the candidate of node n; `bound_s` is proved to be no more than the optimum."""
-
-    choice: tuple[int, ...]
-    objective_s: float
-    bound_s: float
-    status: str
-    seconds: float
 
 
 @dataclass(slots=True)
@@ -71,6 +62,34 @@ class _Rows:
         self.starts.append(len(self.columns))
         self.lower.append(lower)
         self.upper.append(upper)
+
+
+class Exact:
+    """The integer linear program alone, to within `gap` (a share of the optimum) or until the time is over."""
+
+    name = "exact"
+
+    def __init__(self, *, gap: float = 1e-4, time_limit_s: float = 60.0) -> None:
+        self.gap = gap
+        self.time_limit_s = time_limit_s
+
+    def solve(self, problem: Problem, starts: Sequence[Sequence[int]] = ()) -> Solution | None:
+        """See `Method`; starts only save what is worse."""
+        found = None
+        if all(node.candidates for node in problem.nodes):
+            found = solve(problem, gap=self.gap, time_limit_s=self.time_limit_s)
+        known = [] if found is None else [found.choice]
+        priced = [(total_seconds(problem, c), tuple(c)) for c in (*known, *starts)]
+        seconds, choice = min(priced, key=lambda p: p[0], default=(math.inf, ()))
+        if not math.isfinite(seconds):
+            return None
+        return Solution(
+            choice=choice,
+            objective_s=seconds,
+            bound_s=-math.inf if found is None else min(found.bound_s, seconds),
+            status="integer linear program" if found is None else found.status,
+            seconds=0.0 if found is None else found.seconds,
+        )
 
 
 def solve(

@@ -1,0 +1,1 @@
+"""Models of published sizes, as shapes only: what the search is measured on. `zoo.registry` lists them."""
