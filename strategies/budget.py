@@ -23,6 +23,9 @@ from ffjax.strategies.methods.base import Solution
 from ffjax.strategies.methods.ilp import Instant
 from ffjax.strategies.problem import Problem, assignments
 
+_NEAR = 0.8
+"""Up to this share of the budget any schedule fits: those of layouts differ from the program's by less."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
@@ -47,6 +50,12 @@ def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: Me
     layout = layout_of(problem, solution.choice)
     most = memory.peak(layout)
     return Fit(solution=solution, layout=layout, peak=most, fits=most.bytes <= budget_bytes)
+
+
+def scheduled_peak(layout: Layout, budget_bytes: float, memory: MemoryModel) -> Peak:
+    """The peak of a layout under its own schedule, where that may decide whether it fits: far below a budget it fits."""
+    most = memory.peak(layout)
+    return memory.under(layout).peak(layout) if budget_bytes * _NEAR < most.bytes else most
 
 
 def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) -> Instant:
