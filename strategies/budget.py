@@ -53,7 +53,7 @@ def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: Me
 
 
 def scheduled_peak(layout: Layout, budget_bytes: float, memory: MemoryModel) -> Peak:
-    """The peak of a layout under its own schedule, where that may decide whether it fits: far below a budget it fits."""
+    """The peak of a layout, under its own schedule where that may decide whether it fits."""
     most = memory.peak(layout)
     return memory.under(layout).peak(layout) if budget_bytes * _NEAR < most.bytes else most
 
