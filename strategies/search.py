@@ -173,9 +173,9 @@ def search(
         # What was proved of the strategy alone is little: what counts is the whole space.
         best = dataclasses.replace(best, objective_s=best.step_s, bound_s=min(free.bound_s, best.step_s))
     own = search_.memory.under(best.layout).peak(best.layout)
-    scheduled = {"peak": own, "fits": own.bytes <= budget_bytes}
-    found = [dataclasses.replace(f, **scheduled) if f.layout is best.layout else f for f in found]
-    best = dataclasses.replace(best, **scheduled)
+    fits = own.bytes <= budget_bytes
+    found = [dataclasses.replace(f, peak=own, fits=fits) if f.layout is best.layout else f for f in found]
+    best = dataclasses.replace(best, peak=own, fits=fits)
     finished = time.perf_counter()
     seconds = {
         "analyse": analysed - began,
