@@ -117,11 +117,26 @@ class Body:
             self.makers[self.start(move)] = tuple(m for m in dict.fromkeys(made) if m not in self.outside)
         return self.start(move) + 1
 
-    def _find_reads(self, index: int) -> frozenset[int]:
+    def _find_reads(self, index: int) -> None:
+        """Finds what a step waits for; before that, what its makers do: of merged collectives some come later."""
+        ahead, opened = [index], set[int]()
+        while ahead:
+            step = ahead[-1]
+            if self._own[step] is None:
+                makers = self.makers[step - 1 if step >= self.count else step]
+                missing = [m for m in makers if self._own[m] is None]
+                if not missing:
+                    self._own[step] = self._adds(step)
+                elif step in opened:
+                    raise ValueError("the collectives of a schedule wait for each other in a cycle")
+                else:
+                    opened.add(step)
+                    ahead += missing
+                    continue
+            ahead.pop()
+
+    def _adds(self, index: int) -> frozenset[int]:
         """What a step adds to those that read it: itself, or what it reads where it is fused."""
-        found = self._own[index]
-        if found is not None:
-            return found
         if index >= self.count:  # the end of a collective
             reads = self.reads[index - 1] = self._union(self.makers[index - 1])
             self.begins[index - 1] = self.begins[index] = max((self.begins[m] for m in reads), default=-1.0) + 0.5
@@ -134,13 +149,11 @@ class Body:
                 later = self.second + index
                 self.reads[later], self.begins[later] = reads, index + 0.5
                 found = frozenset((later,))
-        self._own[index] = found
         return found
 
     def _union(self, makers: Sequence[int]) -> frozenset[int]:
-        if len(makers) == 1:
-            return self._find_reads(makers[0])
-        return _NOTHING.union(*(self._find_reads(m) for m in makers))
+        added = [own for m in makers if (own := self._own[m]) is not None]
+        return added[0] if len(added) == 1 else _NOTHING.union(*added)
 
     def _kernels(self) -> dict[int, list[int]]:
         """The steps that run, by the first of those that are one kernel: elementwise ones of a shape that read it."""
