@@ -27,6 +27,21 @@ def mapping_ops(graph: Graph) -> list[bool]:
     return [fused and not is_reduction(op) for fused, op in zip(fusible_ops(graph), graph.ops, strict=True)]
 
 
+def fused_gathers(graph: Graph, maps: Sequence[bool]) -> list[bool]:
+    """`maps`, and the gathers that one elementwise kernel or reduction reads alone: those gather as they read."""
+    readers: list[list[int]] = [[] for _ in graph.values]
+    for op in graph.ops:
+        for value in op.operands:
+            if value != NO_VALUE:
+                readers[value].append(op.id)
+    found = list(maps)
+    for op in reversed(graph.ops):
+        if op.kind == "gather" and len(readers[op.results[0]]) == 1:
+            reader = graph.ops[readers[op.results[0]][0]]
+            found[op.id] = found[reader.id] or is_reduction(reader)
+    return found
+
+
 def buffered(graph: Graph, compiler: Compiler, maps: Sequence[bool]) -> list[bool]:
     """For each value whether it is in memory: what `materialised` says, as far as this compiler fuses so.
 
@@ -41,6 +56,9 @@ def buffered(graph: Graph, compiler: Compiler, maps: Sequence[bool]) -> list[boo
         for value in op.operands:
             if value != NO_VALUE:
                 readers[value].append(op.id)
+    for op in graph.ops:
+        if op.kind == "gather" and maps[op.id]:
+            in_memory[op.results[0]] = False
     if compiler.copies_transposed:
         for op in graph.ops:
             if op.kind == "transpose":

@@ -36,6 +36,14 @@ class Compiler:
     """There is no reduce-scatter: sums are all-reduced whole, then sliced."""
     copies_gathered: bool = False
     """What is gathered along an inner dimension comes out transposed and is copied."""
+    fuses_gathers: bool = False
+    """A gather that one elementwise kernel reads is part of that."""
+    writes_over: bool = False
+    """An elementwise kernel writes over an operand of its size that it is the last to read."""
+    copies_updated: bool = False
+    """A donated argument whose update transposes is copied before it is read for the first time."""
+    pads_convolutions: bool = False
+    """A convolution reads a padded copy of an image that it pads more on one side than on the other."""
     combined_bytes: float = 0.0
     """Reduce-scatters are combined up to so many bytes of results; what they reduce waits for the last of them."""
     fragmentation: float = 0.0
@@ -61,6 +69,10 @@ XLA_GPU = Compiler(
     keeps_expensive=True,
     fuses_into_dots=True,
     reduces_out_of_place=True,
+    fuses_gathers=True,
+    writes_over=True,
+    copies_updated=True,
+    pads_convolutions=True,
     combined_bytes=30 * 2**20,  # xla_gpu_reduce_scatter_combine_threshold_bytes
     fragmentation=0.02,
     results_apart=0.35,

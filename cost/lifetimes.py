@@ -10,16 +10,26 @@ ops, and what is fused, are the compiler's (`ffjax.cost.compilers`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.buffers import buffered, mapping_ops
+from ffjax.cost.buffers import buffered, fused_gathers, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
 from ffjax.cost.merged_remat import merge_remat
+from ffjax.cost.moves import Move
 from ffjax.cost.order import as_written, from_the_end, scope_spans
 from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.op_kinds import is_reduction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """For each op whether it only maps elements, and for each value whether a kernel leaves it in memory."""
+
+    maps: list[bool]
+    in_memory: list[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,14 +44,24 @@ class Lifetimes:
     graph: Graph
     """The program as the compiler sees it: the same ops and values, some of which it may merge with others."""
     compiler: Compiler
+    fused: Fused
     when: NDArray[np.int64]
     until: NDArray[np.int64]
     first: NDArray[np.int64]
     last: NDArray[np.int64]
     new_results: NDArray[np.int64]
     """Values that become results in buffers of their own."""
-    first_read: NDArray[np.int64]
-    """For each value when it is first read; one more than the last instant if it never is."""
+    sums: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """For values whose partial sums are reduced when that starts and ends: how many ops have run by then."""
+    scattered: frozenset[int] = frozenset()
+    """Values whose partial sums are reduce-scattered, because that is planned or because all who read them slice."""
+    copies: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    """For what is read resharded, by value and reader, when that starts and ends."""
+
+    filled: dict[int, int] = field(default_factory=dict)
+    """For results of scatters since when their memory is taken: zeros are written ahead."""
+    copied: list[tuple[int, int, int, float]] = field(default_factory=list)
+    """Values that are also in memory in another form, the first and last instant of that, and how much larger it is."""
 
     def bytes(self) -> NDArray[np.float64]:
         """For each value, unsharded, what it takes in memory: temporaries leave gaps between them."""
@@ -53,28 +73,13 @@ class Lifetimes:
             taken[value] = self.graph.values[value].bytes
         return taken
 
-    def flushed(self, sums: Sequence[int], devices: int) -> NDArray[np.int64]:
-        """Until when partial sums are in memory, where they are scattered: reduce-scatters are combined.
-
-        Args:
-          sums: values, each the one result of an op that may leave partial sums.
-          devices: over how many of them a sum is scattered.
-        """
-        graph = self.graph
-        flushed = np.zeros(len(graph.values), dtype=np.int64)
-        made = {v: int(self.when[graph.values[v].producer]) for v in sums}
-        group: list[int] = []
-        size, needed, scope = 0.0, 0, -1
-        for value in sorted(made, key=lambda v: made[v]):
-            share = graph.values[value].bytes / devices
-            own_scope = graph.values[value].scope
-            if size + share > self.compiler.combined_bytes or made[value] >= needed or scope != own_scope:
-                group, size, needed, scope = [], 0.0, len(graph.ops), own_scope
-            group.append(value)
-            size += share
-            needed = min(needed, int(self.first_read[value]))
-            flushed[group] = made[value]
-        return flushed
+    def summing(self, value: int, *, scattered: bool) -> tuple[int, int]:
+        """From when to when a value's partial sums are in memory beside the value."""
+        made = int(self.when[self.graph.values[value].producer])
+        start, end = self.sums.get(value, (made + 1, made + 1))
+        if value in self.scattered and not scattered:
+            return min(made + 1, self.filled.get(value, made + 1)), end - 1
+        return min(made, self.filled.get(value, made)) if scattered else max(made, start - 1), max(made, end - 1)
 
     @property
     def op_at(self) -> NDArray[np.int64]:
@@ -82,14 +87,39 @@ class Lifetimes:
         return np.argsort(self.when)
 
 
-def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
-    """When each value is in memory under a compiler's schedule."""
+def lifetimes(
+    graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[Move] = (), fused: Fused | None = None
+) -> Lifetimes:
+    """When each value is in memory under a compiler's schedule.
+
+    Args:
+      graph: the program.
+      compiler: what compiles it.
+      moves: the collectives of a layout, if the schedule is to be that layout's.
+      fused: what is fused, if that is known.
+    """
     end = len(graph.ops)
     if compiler.merges_remat:
         graph = merge_remat(graph)
-    maps = mapping_ops(graph)
-    in_memory = buffered(graph, compiler, maps)
-    runs = from_the_end(graph, in_memory) if compiler.runs_late else as_written(graph)
+    if fused is None:
+        maps = mapping_ops(graph)
+        if compiler.fuses_gathers:
+            maps = fused_gathers(graph, maps)
+        fused = Fused(maps=maps, in_memory=buffered(graph, compiler, maps))
+    maps, in_memory = fused.maps, fused.in_memory
+    if compiler.runs_late:
+        runs, under_way, filled = from_the_end(graph, in_memory, moves)
+    else:
+        runs, under_way, filled = as_written(graph), np.zeros((0, 2), dtype=np.int64), {}
+    sums: dict[int, tuple[int, int]] = {}
+    copies: dict[tuple[int, int], tuple[int, int]] = {}
+    scattered: set[int] = set()
+    for move, (start, done) in zip(moves, under_way.tolist(), strict=False):
+        if done >= 0 and move.readers:
+            copies.update(dict.fromkeys(move.readers, (start, done)))
+        elif done >= 0:
+            sums.update(dict.fromkeys(move.values, (start, done)))
+            scattered.update(move.values if move.scatters else ())
     spans = scope_spans(graph)
     loop_end = [int(runs[first : last + 1].max(initial=-1)) for first, last in spans]
     loop_start = [int(runs[first : last + 1].min(initial=end)) for first, last in spans]
@@ -149,16 +179,117 @@ def lifetimes(graph: Graph, compiler: Compiler = TO_THE_LETTER) -> Lifetimes:
                 last[value] = first[value] - 1
             if value in taken_over and value != NO_VALUE:
                 last[value] = first[value] - 1
+    if compiler.writes_over:
+        for value, at in _written_over(graph, in_memory, maps, first, last):
+            first[value] = at
+    for op_id, at in filled.items():
+        value = graph.ops[op_id].results[0]
+        if value not in sums:
+            first[value] = min(first[value], at)
+    copied = []
+    if compiler.copies_updated:
+        copied += _copied_arguments(graph, maps, when)
+    if compiler.pads_convolutions:
+        copied += _padded(graph, when)
     return Lifetimes(
         graph=graph,
         compiler=compiler,
+        fused=fused,
         when=runs,
         until=np.array(untils, dtype=np.int64),
         first=np.array(first, dtype=np.int64),
         last=np.array(last, dtype=np.int64),
         new_results=np.array(new_results, dtype=np.int64),
-        first_read=np.array(first_read, dtype=np.int64),
+        sums=sums,
+        scattered=frozenset(scattered),
+        filled={graph.ops[op].results[0]: at for op, at in filled.items()},
+        copied=copied,
+        copies=copies,
     )
+
+
+def _written_over(
+    graph: Graph, in_memory: Sequence[bool], maps: Sequence[bool], first: Sequence[int], last: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Values that are made in memory that is there already, and from when on they take more of it.
+
+    An elementwise kernel writes over an operand of its size that it is the last to read, unless it reduces as well. A
+    scatter adds to zeros, which are written ahead.
+    """
+    reduced = [False] * len(graph.values)
+    for op in reversed(graph.ops):
+        inside = is_reduction(op) or (maps[op.id] and any(reduced[v] and not in_memory[v] for v in op.results))
+        for value in op.operands:
+            if value != NO_VALUE and inside:
+                reduced[value] = True
+    found = []
+    sources: list[frozenset[int]] = [frozenset()] * len(graph.values)  # what a fused value is made of
+    for op in graph.ops:
+        if not maps[op.id]:
+            continue
+        read = [frozenset((v,)) if in_memory[v] else sources[v] for v in op.operands if v != NO_VALUE]
+        made_of = frozenset[int]().union(*read)
+        for value in op.results:
+            if not in_memory[value]:
+                sources[value] = made_of if len(made_of) <= 8 else frozenset()
+                continue
+            at, size = first[value], graph.values[value].bytes
+            if reduced[value] or last[value] <= at:
+                continue
+            if any(last[v] == at and first[v] < at and graph.values[v].bytes == size for v in made_of):
+                found.append((value, at + 1))
+    return found
+
+
+def _copied_arguments(graph: Graph, maps: Sequence[bool], when: Sequence[int]) -> list[tuple[int, int, int, float]]:
+    """Donated arguments whose update transposes: it cannot write over what it reads, so a copy is read instead."""
+    found = []
+    offset = len(graph.program.closures)
+    for argument, result in _replacing(graph):
+        value = graph.ops[graph.arguments[argument + offset]].results[0]
+        updated = graph.ops[graph.outputs[result]].operands[0]
+        if updated == NO_VALUE or not _transposes(graph, maps, updated):
+            continue
+        reads = [op.id for op in graph.ops if value in op.operands and op.kind != "result"]
+        if reads:
+            found.append((value, min(when[op] for op in reads), max(when[op] for op in reads), 1.0))
+    return found
+
+
+def _transposes(graph: Graph, maps: Sequence[bool], value: int) -> bool:
+    """Whether a value is computed, element by element, from a transposed batched dot: others are folded."""
+    size = graph.values[value].bytes
+    stack, seen = [value], {value}
+    while stack:
+        op = graph.ops[graph.values[stack.pop()].producer]
+        if op.kind == "transpose":
+            made = graph.ops[graph.values[op.operands[0]].producer]
+            if made.kind == "dot_general" and made.eqn is not None and made.eqn.params["dimension_numbers"][1][0]:
+                return True
+        if maps[op.id]:
+            more = {v for v in op.operands if v != NO_VALUE and graph.values[v].bytes == size} - seen
+            seen |= more
+            stack += more
+    return False
+
+
+def _padded(graph: Graph, when: Sequence[int]) -> list[tuple[int, int, int, float]]:
+    """Images that convolutions read with more padding on one side: the libraries take those padded."""
+    spans: dict[int, tuple[int, int, float]] = {}
+    for op in graph.ops:
+        if op.kind != "conv_general_dilated" or op.eqn is None:
+            continue
+        padding, dilation = op.eqn.params["padding"], op.eqn.params["lhs_dilation"]
+        if all(low == high for low, high in padding) or any(d > 1 for d in dilation):
+            continue
+        value = op.operands[0]
+        spatial = [graph.values[value].shape[d] for d in op.eqn.params["dimension_numbers"].lhs_spec[2:]]
+        larger = 1.0
+        for size, (low, high) in zip(spatial, padding, strict=True):
+            larger *= 1 + max(0, low, high) / size
+        first, last, most = spans.get(value, (when[op.id], when[op.id], larger))
+        spans[value] = (min(first, when[op.id]), max(last, when[op.id]), max(most, larger))
+    return [(value, first, last, larger) for value, (first, last, larger) in spans.items()]
 
 
 def _carries(graph: Graph) -> set[int]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ffjax.cost.compilers import Compiler
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.merged_remat import MERGED
+from ffjax.cost.moves import moves_of
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.halo import halos
 from ffjax.ir.layout import Layout
@@ -56,8 +57,10 @@ class MemoryModel:
 
     def __init__(self, regions: Regions, times: Lifetimes, keys: Sequence[Hashable] | None = None) -> None:
         graph = regions.graph
+        self.regions = regions
         self.graph = graph
         self.times = times
+        self.keys = keys
         family: Sequence[Hashable] = range(len(regions.regions)) if keys is None else keys
         self.bytes = times.bytes()
         self.values = np.flatnonzero((times.first <= times.last) & (self.bytes > 0))
@@ -80,7 +83,9 @@ class MemoryModel:
             ports = reads.setdefault((edge.value, graph.ops[edge.op].scope), {})
             key = (family[edge.target], edge.target_dims)
             port = ports.setdefault(key, _Port(op=edge.op, operand=edge.operand))
-            port.first = min(port.first, int(times.when[edge.op]))
+            start, done = times.copies.get((edge.value, edge.op), (int(times.when[edge.op]),) * 2)
+            port.first = min(port.first, start)
+            port.gathered = max(port.gathered, done)
             port.last = max(port.last, int(times.until[edge.op]))
         gathered: dict[Hashable, list[tuple[int, list[_Port]]]] = {}
         for (value, _), ports in reads.items():
@@ -95,9 +100,16 @@ class MemoryModel:
             sums.setdefault(key, []).append(value)
         self.sums = [np.array(values, dtype=np.int64) for values in sums.values()]
         """Results that may be partial sums, by what is sharded alike."""
-        self._flushed: dict[int, Ints] = {}
         self.windows = [(op.id, op.operands[found[0].operand]) for op in graph.ops if (found := halos(op.eqn))]
         """Ops that slide a window over an image, and the image."""
+
+    def under(self, layout: Layout) -> MemoryModel:
+        """The model with the schedule that the compiler makes for a layout's collectives."""
+        compiler = self.times.compiler
+        if not compiler.runs_late:
+            return self
+        times = lifetimes(self.graph, compiler, moves_of(layout, compiler), self.times.fused)
+        return MemoryModel(self.regions, times, self.keys)
 
     def peak(self, layout: Layout) -> Peak:
         """The most bytes that are live on one device at once, and where."""
@@ -124,10 +136,10 @@ class MemoryModel:
         moved: list[tuple[_Copies, Spec, Ints, Ints]] = []
         for copies in self.copies:
             home = layout.home(int(copies.values[0]))
-            for spec, begins, ends in copies.under(layout):
+            for spec, begins, gathered, ends in copies.under(layout):
                 # The values themselves are needed until they are read for the last time, or gathered.
                 if not is_slice(home, spec) or spec == home:
-                    np.maximum.at(home_last, copies.values, ends if spec == home else begins)
+                    np.maximum.at(home_last, copies.values, ends if spec == home else gathered)
                 if spec != home:
                     moved.append((copies, spec, begins, ends))
         for copies, spec, begins, ends in moved:
@@ -140,9 +152,6 @@ class MemoryModel:
             elif compiler.copies_gathered and _gathers_inside(home, spec):
                 held.add(_COPY, copies.values, begins, begins, pieces)
             held.add(_COPY, copies.values, first, ends, pieces)
-        if mesh.devices not in self._flushed:
-            self._flushed[mesh.devices] = times.flushed(self.all_sums, mesh.devices)
-        flushed = self._flushed[mesh.devices]
         for reduced in self.sums:
             value = int(reduced[0])
             producer = self.graph.values[value].producer
@@ -150,8 +159,7 @@ class MemoryModel:
             scattered = partial != layout.home(value)
             copies_ = sums_in_memory(compiler, scattered=scattered)
             if copies_ and layout.partial_axes(producer):
-                made = times.when[[self.graph.values[v].producer for v in reduced]]
-                until = flushed[reduced] if scattered else made
+                made, until = np.array([times.summing(v, scattered=scattered) for v in reduced.tolist()]).T
                 held.add(_SUM, reduced, made, until, shard_count(partial, mesh) / copies_)
         for op, image in self.windows:
             if layout.exchanges(op):
@@ -162,6 +170,9 @@ class MemoryModel:
             for value in times.new_results.tolist():
                 one, start, until = np.array([value]), np.zeros(1, dtype=np.int64), times.first[[value]] - 1
                 held.add(_ROOM, one, start, until, shard_count(layout.home(value), mesh) / compiler.results_apart)
+        for copied, since, until, larger in times.copied:
+            larger_by = shard_count(layout.home(copied), mesh) / larger
+            held.add(_COPY, np.array([copied]), np.array([since]), np.array([until]), larger_by)
         shards = np.array([shard_count(layout.home(value), mesh) for value in self.homes], dtype=float)
         held.add(_HOME, self.values, times.first[self.values], home_last[self.values], shards[self.group])
         return held
@@ -194,6 +205,8 @@ class _Port:
     op: int
     operand: int
     first: int = np.iinfo(np.int64).max
+    gathered: int = -1
+    """When the last of them has what it reads, if that is gathered."""
     last: int = -1
 
 
@@ -203,16 +216,18 @@ class _Copies:
     def __init__(self, members: list[tuple[int, list[_Port]]]) -> None:
         self.values = np.array([value for value, _ in members], dtype=np.int64)
         self.first = np.array([[port.first for port in ports] for _, ports in members], dtype=np.int64)
+        self.gathered = np.array([[port.gathered for port in ports] for _, ports in members], dtype=np.int64)
         self.last = np.array([[port.last for port in ports] for _, ports in members], dtype=np.int64)
         self.readers = members[0][1]
 
-    def under(self, layout: Layout) -> Iterator[tuple[Spec, Ints, Ints]]:
-        """For each sharding in which the values are read: when each is first and last needed so."""
+    def under(self, layout: Layout) -> Iterator[tuple[Spec, Ints, Ints, Ints]]:
+        """For each sharding in which the values are read: when each is first there, gathered, and last needed so."""
         by_spec: dict[Spec, list[int]] = {}
         for index, port in enumerate(self.readers):
             by_spec.setdefault(layout.operand(port.op, port.operand), []).append(index)
         for spec, who in by_spec.items():
-            yield spec, self.first[:, who].min(axis=1), self.last[:, who].max(axis=1)
+            first = self.first[:, who].min(axis=1)
+            yield spec, first, self.gathered[:, who].min(axis=1), self.last[:, who].max(axis=1)
 
 
 def is_slice(source: Spec, target: Spec) -> bool:

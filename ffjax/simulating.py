@@ -21,7 +21,7 @@ def simulate_plan(plan: Plan, cluster: Cluster | None = None) -> Timeline:
     layout = plan.bound
     cluster = cluster_of_plan(plan, cluster)
     regions = layout.regions
-    memory = MemoryModel(regions, lifetimes(regions.graph, compiler_of(cluster.device.platform)))
+    memory = MemoryModel(regions, lifetimes(regions.graph, compiler_of(cluster.device.platform))).under(layout)
     return simulate(layout, kernels(regions), CollectiveModel(plan.mesh, cluster), memory)
 
 

@@ -23,6 +23,9 @@ from ffjax.strategies.methods.base import Solution
 from ffjax.strategies.methods.ilp import Instant
 from ffjax.strategies.problem import Problem, assignments
 
+_NEAR = 0.8
+"""Up to this share of the budget any schedule fits: those of layouts differ from the program's by less."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
@@ -53,6 +56,12 @@ def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: Me
     return Fit(solution=solution, layout=layout, peak=most, fits=most.bytes <= budget_bytes)
 
 
+def scheduled_peak(layout: Layout, budget_bytes: float, memory: MemoryModel) -> Peak:
+    """The peak of a layout, under its own schedule where that may decide whether it fits."""
+    most = memory.peak(layout)
+    return memory.under(layout).peak(layout) if budget_bytes * _NEAR < most.bytes else most
+
+
 def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) -> Instant:
     """What is in memory at one instant, as a function of the candidates: never less than `MemoryModel` says.
 
@@ -77,6 +86,9 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
         hold(value, float(taken[value]))
     for value in times.new_results[at < times.first[times.new_results]].tolist():
         hold(value, float(taken[value]) * times.compiler.results_apart)
+    for value, since, until, larger in times.copied:
+        if since <= at <= until:
+            hold(value, float(taken[value]) * larger)
     node_bytes: dict[int, NDArray[np.float64]] = {}
     for (node, dims, scatters), size in by_dims.items():
         share = size / _home_splits(problem, node, dims, scatters=scatters)
@@ -89,6 +101,7 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
             continue
         key_ = (edge.value, graph.ops[edge.op].scope)
         when, until = int(times.when[edge.op]), int(times.until[edge.op])
+        when = min(when, times.copies.get((edge.value, edge.op), (when, when))[0])
         first, last = reads.get(key_, (when, until))
         reads[key_] = (min(first, when), max(last, until))
     gathered = {(e.value, graph.ops[e.op].scope) for e in regions.edges if times.when[e.op] == at}
@@ -114,19 +127,18 @@ def _add_sums(
     """Adds the partial sums that are being reduced under the candidates that leave some."""
     regions = problem.regions
     sums = possible_sums(regions)
-    flushed = times.flushed(sums, problem.mesh.devices)
     for value in sums:
-        made = times.when[regions.graph.values[value].producer]
-        if not made <= at <= max(made, flushed[value]):
-            continue
         region = regions.regions[regions.region_of[regions.graph.values[value].producer]]
         node = problem.node_of[region.id]
         entry = problem.nodes[node]
         copies = np.zeros(len(entry.candidates))
         for index, candidate in enumerate(entry.candidates):
             scatters = any(d != UNUSED for d in candidate.scatter)
-            if any(a in region.dims[-1].reduced for a in candidate.atoms) and (scatters or at == made):
+            since, until = times.summing(value, scattered=scatters)
+            if any(a in region.dims[-1].reduced for a in candidate.atoms) and since <= at <= until:
                 copies[index] = sums_in_memory(times.compiler, scattered=scatters)
+        if not copies.any():
+            continue
         sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
         node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 

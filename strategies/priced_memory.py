@@ -19,7 +19,7 @@ import numpy as np
 
 from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel
-from ffjax.strategies.budget import Fit, fit_of, instant
+from ffjax.strategies.budget import Fit, fit_of, instant, scheduled_peak
 from ffjax.strategies.methods.ilp import Instant
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.problem import Problem, total_seconds
@@ -60,9 +60,17 @@ def solve_within(
     if solution is None:
         return None
     found = fit_of(problem, solution, budget_bytes, memory)
-    if found.fits:
-        return found
-    return _solve_priced(Priced(problem, budget_bytes, memory, times, solver, found), thorough)
+    if not found.fits:
+        found = _solve_priced(Priced(problem, budget_bytes, memory, times, solver, found), thorough)
+    own = scheduled_peak(found.layout, budget_bytes, memory) if found.fits else found.peak
+    if own.bytes <= budget_bytes or not found.fits:
+        return dataclasses.replace(found, peak=own)
+    # Its own collectives keep more alive than the program's schedule knows: let that take so much less.
+    target = budget_bytes * found.peak.bytes / own.bytes
+    less = _solve_priced(Priced(problem, target, memory, times, solver, found), thorough)
+    own = scheduled_peak(less.layout, budget_bytes, memory)
+    solution = dataclasses.replace(less.solution, bound_s=found.solution.bound_s)
+    return dataclasses.replace(less, solution=solution, peak=own, fits=own.bytes <= budget_bytes)
 
 
 class Priced:

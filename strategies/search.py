@@ -29,7 +29,7 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
-from ffjax.strategies.budget import Fit, layout_of
+from ffjax.strategies.budget import Fit, layout_of, scheduled_peak
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods.refinement import Refinement
@@ -179,6 +179,10 @@ def search(
     if best.strategy != AUTO and free is not None:
         # What was proved of the strategy alone is little: what counts is the whole space.
         best = dataclasses.replace(best, objective_s=best.step_s, bound_s=min(free.bound_s, best.step_s))
+    own = search_.memory.under(best.layout).peak(best.layout)
+    fits = own.bytes <= budget_bytes
+    found = [dataclasses.replace(f, peak=own, fits=fits) if f.layout is best.layout else f for f in found]
+    best = dataclasses.replace(best, peak=own, fits=fits)
     finished = time.perf_counter()
     seconds = {
         "analyse": analysed - began,
@@ -300,7 +304,7 @@ class Session:
             return []
         method = Refinement(
             self.simulator(start.mesh),
-            lambda c: self.memory.peak(layout_of(problem, c)).bytes <= self.budget_bytes,
+            lambda c: self._peak(layout_of(problem, c)).bytes <= self.budget_bytes,
         )
         solution = method.solve(problem, [choice])
         if solution is None or solution.choice == choice:
@@ -310,7 +314,7 @@ class Session:
             dataclasses.replace(
                 free,
                 step_s=total_seconds(problem, solution.choice),
-                peak=self.memory.peak(layout),
+                peak=self._peak(layout),
                 fits=True,
                 algorithm=f"{free.algorithm}, {method.name}",
                 seconds=time.perf_counter() - began,
@@ -362,6 +366,9 @@ class Session:
             free=fit.free,
             simulated=self.simulated(fit.layout) if fit.fits and self.cluster.async_collectives else None,
         )
+
+    def _peak(self, layout: Layout) -> Peak:
+        return scheduled_peak(layout, self.budget_bytes, self.memory)
 
     def simulated(self, layout: Layout) -> Simulated:
         return self.simulator(layout.mesh).run(layout.assignments)

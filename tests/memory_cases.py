@@ -160,5 +160,6 @@ def predictions(recorded: Recorded, platform: Platform) -> Iterator[tuple[Case, 
     for case in cases(list(MODELS)):
         if case.plan in recorded.compiled(case):
             model = memory_model(case.model, case.donated, platform)
-            predicted = model.peak(plan_of(case, recorded.plans[case.plan])).bytes
+            layout = plan_of(case, recorded.plans[case.plan])
+            predicted = model.under(layout).peak(layout).bytes
             yield case, predicted, recorded.compiled(case)[case.plan]

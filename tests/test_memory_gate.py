@@ -31,10 +31,10 @@ class Accepted:
 
 
 ACCEPTED: dict[tuple[Platform, bool], Accepted] = {
-    ("gpu", False): Accepted(near=0.82, under=0.14, worst=0.73, most=1.49),
-    ("gpu", True): Accepted(near=0.80, under=0.26, worst=0.85, most=1.17),
+    ("gpu", False): Accepted(near=0.84, under=0.11, worst=0.69, most=1.49),
+    ("gpu", True): Accepted(near=0.90, under=0.10, worst=0.80, most=1.18),
     ("cpu", False): Accepted(near=0.84, under=0.21, worst=0.74, most=1.57),
-    ("cpu", True): Accepted(near=0.90, under=0.01, worst=0.97, most=1.13),
+    ("cpu", True): Accepted(near=0.94, under=0.01, worst=0.97, most=1.13),
 }
 """By platform, for the models that the figures in `ffjax.cost.compilers` were fitted to, and for those held out."""
 

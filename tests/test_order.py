@@ -83,7 +83,7 @@ def test_a_schedule_is_an_order_of_the_program(name: str, compiler: Compiler) ->
 def test_the_body_of_a_loop_stays_together() -> None:
     step, *args = PROGRAMS["scanned"]
     graph = graph_of(step, *args)
-    when = from_the_end(graph, buffered(graph, XLA_GPU, mapping_ops(graph)))
+    when, _, _ = from_the_end(graph, buffered(graph, XLA_GPU, mapping_ops(graph)))
     for scope in graph.scopes[1:]:
         inside = [int(when[op.id]) for op in graph.ops if op.scope == scope.id]
         inside += [int(when[op]) for op in scope.enter + scope.exit]
@@ -100,7 +100,7 @@ def test_gradients_of_weights_run_late_on_gpus() -> None:
     """The first gradient of the backward pass waits for the last; to the letter it runs before the next product."""
     graph = graph_of(train, [ROW] * 4, ROW, donate=(0,))
     written = as_written(graph)
-    late = from_the_end(graph, buffered(graph, XLA_GPU, mapping_ops(graph)))
+    late, _, _ = from_the_end(graph, buffered(graph, XLA_GPU, mapping_ops(graph)))
     assert len(weight_gradients(graph)) == 4
     first = weight_gradients(graph)[0]
     products = [op.id for op in graph.ops if op.kind == "dot_general" and op.id > first]
@@ -173,24 +173,6 @@ def test_a_loops_recomputation_is_not_merged() -> None:
 
     graph = graph_of(jax.grad(total), jax.ShapeDtypeStruct((4, 64, 64), jnp.float32), ROW)
     assert merge_remat(graph) is graph
-
-
-def test_reduce_scatters_are_combined_up_to_a_size() -> None:
-    graph = graph_of(train, [ROW] * 4, ROW, donate=(0,))
-    sums = weight_gradients(graph)
-    values = [graph.ops[op].results[0] for op in sums]
-
-    def flushed(bytes_: float) -> list[int]:
-        compiler = Compiler(runs_late=True, combined_bytes=bytes_)
-        times = lifetimes(graph, compiler)
-        made = [int(times.when[op]) for op in sums]
-        waits = times.flushed(values, 8)
-        return [int(waits[v]) - m for v, m in zip(values, made, strict=True)]
-
-    assert flushed(0.0) == [0, 0, 0, 0]
-    share = 64 * 64 * 4 / 8
-    assert sum(w > 0 for w in flushed(2 * share)) == 2
-    assert sum(w > 0 for w in flushed(4 * share)) == 3
 
 
 def test_an_unknown_platform_is_taken_to_the_letter() -> None:

@@ -80,14 +80,13 @@ def test_a_restricted_problem_prices_choices_alike(picks: list[Pick], mesh: Mesh
 def test_a_budget_is_kept_and_found_where_there_is_one(picks: list[Pick], mesh: MeshShape, share: float) -> None:
     """Against trying everything: what fits is found, and what is found fits."""
     problem = small_problem(picks, mesh)
-    times = lifetimes(problem.regions.graph)
-    memory = MemoryModel(problem.regions, times, family_keys(problem.regions))
+    memory = MemoryModel(problem.regions, lifetimes(problem.regions.graph), family_keys(problem.regions))
     tried = [(memory.peak(layout_of(problem, c)).bytes, total_seconds(problem, c)) for c in choices(problem)]
     least, most = min(b for b, _ in tried), max(b for b, _ in tried)
     budget = least + share * (most - least)
     best = min(s for b, s in tried if b <= budget)
 
-    fit = solve_within(problem, budget, memory, times, Solver())
+    fit = solve_within(problem, budget, memory, memory.times, Solver())
     assert fit is not None
     if fit.fits:
         assert fit.peak.bytes <= budget
