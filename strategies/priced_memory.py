@@ -47,6 +47,8 @@ def solve_within(
 ) -> Fit | None:
     """The fastest solution that fits, or one of nearly least peak memory (`fits` is False); None if there is none.
 
+    Memory is priced under the program's schedule; what nearly fills the budget also has to fit under its layout's own.
+
     Args:
       problem: on one mesh.
       budget_bytes: what one device may hold.
