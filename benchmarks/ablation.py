@@ -90,8 +90,8 @@ def ablation() -> None:
         "ablation",
         "Search methods: quality and time",
         [
-            "Each method alone, without starts, on the sum of costs: objective over the best that any method found "
-            "and the seconds of processor time. Bound: the best proved bound over the same. Build: seconds to make the "
+            "Each method alone, without starts, on the sum of costs: objective over the best that any method found, "
+            "and seconds of processor time. Bound: the best proved bound over the same. Build: seconds to make the "
             f"problem. The integer program is tried alone up to {MOST_CELLS} resharding variables, 60 s at most.",
         ],
         ("model", "H100s", "mesh", "nodes", "candidates", "build", "bound", *names),

@@ -1,6 +1,7 @@
 """How the seconds of a search grow with a program: depth, scanned and unrolled, and very long jaxprs.
 
-    python benchmarks/scale.py [--layers 12,48,96] [--hosts 8,128] [--lengths 25000,50000,100000] [--output FILE]
+    python benchmarks/scale.py [--layers 12,48,96] [--hosts 8,128] [--lengths 25000,50000,100000]
+        [--kinds chain,jitted,scanned] [--output FILE]
 
 All seconds are of CPU (`time.process_time`), so that a machine that others use, too, says the same. First table: a GPT
 of so many layers on so many hosts of 8 H100s, the whole search by phase, apart from tracing. Second table: synthetic
@@ -154,11 +155,11 @@ def search_table(layers: Sequence[int], hosts: Sequence[int]) -> list[str]:
     return lines
 
 
-def synthetic_table(lengths: Sequence[int]) -> list[str]:
+def synthetic_table(kinds: Sequence[str], lengths: Sequence[int]) -> list[str]:
     cluster = ffjax.Cluster.named("h100")
     stages: list[str] = []
     lines: list[str] = []
-    for kind in ("chain", "jitted", "scanned"):
+    for kind in kinds:
         least = 0.0
         for length in lengths:
             program = synthetic(kind, length)
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--layers", default="12,48,96")
     parser.add_argument("--hosts", default="8,128")
     parser.add_argument("--lengths", default="25000,50000,100000")
+    parser.add_argument("--kinds", default="chain,jitted,scanned")
     parser.add_argument("--output", default="")
     options = parser.parse_args()
     given = options.layers, options.hosts, options.lengths
@@ -190,7 +192,7 @@ def main() -> None:
     lines = ["# Scale", "", "CPU seconds of the search apart from tracing (`benchmarks/scale.py`).", ""]
     lines += [*search_table(layers, hosts), ""] if layers and hosts else []
     lines += ["CPU seconds of analyses and of one plan that is priced, of synthetic programs:", ""]
-    lines += synthetic_table(lengths)
+    lines += synthetic_table(options.kinds.split(","), lengths)
     if options.output:
         with open(options.output, "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")

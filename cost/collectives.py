@@ -23,6 +23,7 @@ other sizes of group. A collective is a kernel too: alpha has `Device.kernel_s` 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -40,7 +41,8 @@ _MESSAGES_IN_FLIGHT = 8  # point-to-point messages that NCCL works on at once
 class CollectiveModel:
     """The costs of all collectives on one mesh of one cluster, each (kind, axes) worked out once.
 
-    Raises ClusterError where mesh and cluster do not match.
+    `links` in place of the cluster's ask what other bandwidths would change: what is known of the cluster's (measured
+    or not) is scaled as the formulas say. Raises ClusterError where mesh and cluster do not match.
 
     >>> model = CollectiveModel(MeshShape(("x", "y"), (8, 8)), Cluster.named("h100", hosts=8))
     >>> alpha_s, beta_s_per_byte = model.coefficients("all_reduce", ("y",))
@@ -48,10 +50,11 @@ class CollectiveModel:
     5.22
     """
 
-    def __init__(self, mesh: MeshShape, cluster: Cluster) -> None:
+    def __init__(self, mesh: MeshShape, cluster: Cluster, links: tuple[Link, ...] | None = None) -> None:
         cluster.axis_link(mesh, ())  # raises where they do not match
         self.mesh = mesh
         self.cluster = cluster
+        self._asked = None if links is None else dataclasses.replace(cluster, links=links)
         self._known: dict[tuple[CollectiveKind, tuple[str, ...]], tuple[float, float]] = {}
         self._groups: dict[frozenset[str], AxisGroup] = {}
 
@@ -60,7 +63,13 @@ class CollectiveModel:
         key = (kind, axes)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = priced(kind, self.group(axes), self.cluster)[:2]
+            alpha_s, beta_s_per_byte, _ = priced(kind, self.group(axes), self.cluster)
+            if self._asked is not None and beta_s_per_byte:
+                there, asked = (
+                    described_coefficients(kind, self.group(axes), c)[1] for c in (self.cluster, self._asked)
+                )
+                beta_s_per_byte *= asked / there
+            found = self._known[key] = alpha_s, beta_s_per_byte
         return found
 
     def source(self, collective: Collective) -> Source:

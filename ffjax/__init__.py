@@ -3,9 +3,10 @@
 from ffjax.autoshard import autoshard
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.simulation.timeline import Timeline
+from ffjax.pareto import Front, pareto
 from ffjax.plan import Plan
 from ffjax.planner import plan
 
 __version__ = "0.1.0"
 
-__all__ = ["Cluster", "Plan", "Timeline", "__version__", "autoshard", "plan"]
+__all__ = ["Cluster", "Front", "Plan", "Timeline", "__version__", "autoshard", "pareto", "plan"]

@@ -24,9 +24,11 @@ from ffjax.emit.run import device_mesh, jitted
 from ffjax.errors import ClusterError, FfjaxWarning, PlanError, TraceError
 from ffjax.fingerprint import program_fingerprint
 from ffjax.inputs import argnums, cluster_of
+from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.trace import Program, function_name
 from ffjax.plan import Plan
-from ffjax.planner import NEVER, bind_program, plan_program, trace_call
+from ffjax.planner import NEVER, bind_program, plan_program
+from ffjax.remat import alternatives, check_remat, trace_call, under
 from ffjax.strategies.search import AUTO, Progress
 
 
@@ -40,6 +42,7 @@ class Options:
     mesh: Mapping[str, int] | None
     pins: Mapping[str, PartitionSpec] | None
     verify: str
+    remat: str
     plan: Plan | None
     cache: str | os.PathLike[str] | None
     static_argnums: int | Sequence[int]
@@ -182,20 +185,21 @@ class Sharded:
                 ) from error
         signature = (tree, _kinds(leaves), static)
         if signature not in self._entries:
-            program = trace_call(call)
-            options = self._options
-            found = bind_program(options.plan, program) if options.plan is not None else self._known(program)
-            self._entries[signature] = _Entry(plan=found, program=program)
+            given, remat = self._options.plan, self._options.remat
+            program = trace_call(call, remat if given is None else given.remat)
+            found = self._known(call, program) if given is None else bind_program(given, program)
+            self._entries[signature] = _Entry(plan=found, program=found.bound.graph.program)
         return self._entries[signature]
 
-    def _known(self, program: Program) -> Plan:
+    def _known(self, call: nnx.Call, program: Program) -> Plan:
         """The plan of another signature that traces to the same program (weak types, structure), or one of its own."""
-        if self._entries:
-            wanted = program_fingerprint(program)
+        policies = dict.fromkeys(entry.plan.remat for entry in self._entries.values())
+        for same in (under(call, program, policy) for policy in policies):
+            wanted = program_fingerprint(same)
             for entry in self._entries.values():
-                if entry.plan.fingerprint == wanted:
-                    return bind_program(entry.plan, program)
-        return self._cached(program)
+                if (entry.plan.remat, entry.plan.fingerprint) == (same.remat, wanted):
+                    return bind_program(entry.plan, same)
+        return self._cached(call, program)
 
     def _runner(self, entry: _Entry) -> _Runner:
         if entry.runner is None:
@@ -211,7 +215,7 @@ class Sharded:
             )
         return entry.runner
 
-    def _cached(self, program: Program) -> Plan:
+    def _cached(self, call: nnx.Call, program: Program) -> Plan:
         """The plan from the cache folder, or a new one, which is then put there."""
         options = self._options
         cluster = Cluster.local(options.devices) if options.cluster is None else cluster_of(options.cluster)
@@ -225,18 +229,20 @@ class Sharded:
                 mesh=options.mesh,
                 pins=options.pins,
                 verify=options.verify,
+                others=alternatives(call, program, options.remat),
                 progress=options.progress,
             )
 
         if options.cache is None:
             return searched()
         priced = (dataclasses.replace(cluster, profile=None), cluster.profile and cluster.profile.digest)
-        asked = (*priced, options.memory, options.strategy, options.mesh, options.pins, options.verify)
+        asked = (*priced, options.memory, options.strategy, options.mesh, options.pins, options.verify, options.remat)
         digest = hashlib.blake2b(repr((program_fingerprint(program), *asked)).encode(), digest_size=10).hexdigest()
         path = Path(options.cache) / f"{program.name}-{digest}.json"
         if path.exists():
             try:
-                return bind_program(Plan.load(path), program)
+                cached = Plan.load(path)
+                return bind_program(cached, under(call, program, cached.remat))
             except PlanError as error:
                 warnings.warn(
                     f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=5
@@ -294,6 +300,7 @@ def autoshard(
     mesh: Mapping[str, int] | None = None,
     pins: Mapping[str, PartitionSpec] | None = None,
     verify: str = NEVER,
+    remat: str = AS_WRITTEN,
     plan: Plan | str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -312,6 +319,7 @@ def autoshard(
     mesh: Mapping[str, int] | None = None,
     pins: Mapping[str, PartitionSpec] | None = None,
     verify: str = NEVER,
+    remat: str = AS_WRITTEN,
     plan: Plan | str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -329,6 +337,7 @@ def autoshard(
     mesh: Mapping[str, int] | None = None,
     pins: Mapping[str, PartitionSpec] | None = None,
     verify: str = NEVER,
+    remat: str = AS_WRITTEN,
     plan: Plan | str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -346,6 +355,7 @@ def autoshard(
       mesh: axis names and sizes, to be used as they are; by default meshes are searched too.
       pins: path patterns of arguments, and the PartitionSpec that each shall have.
       verify: `"finalists"` compiles the best few plans before one is taken; see `ffjax.plan`.
+      remat: `"search"` also decides what `jax.checkpoint` regions keep; see `ffjax.plan`.
       plan: a plan (or its file) to run instead of searching one.
       cache: a folder of plans: one found there for the same program and options is used again.
       static_argnums, donate_argnums: as in `jax.jit`.
@@ -372,6 +382,7 @@ def autoshard(
             mesh=mesh,
             pins=pins,
             verify=verify,
+            remat=remat,
             plan=plan,
             cache=cache,
             static_argnums=static_argnums,
@@ -381,8 +392,10 @@ def autoshard(
         )
     if not callable(step):
         raise TraceError(f"autoshard was given {step!r}, which cannot be called. Remedy: give it the step's function.")
+    check_remat(remat)
     if plan is not None:
         given = {"memory": memory, "mesh": mesh, "pins": pins, "strategy": None if strategy == AUTO else strategy}
+        given["remat"] = None if remat == AS_WRITTEN else remat
         if idle := [name for name, value in given.items() if value is not None]:
             raise PlanError(
                 f"autoshard was given plan= and {idle[0]}={given[idle[0]]!r}; a plan is run as it is. Remedy: drop "
@@ -395,6 +408,7 @@ def autoshard(
         mesh=mesh,
         pins=pins,
         verify=verify,
+        remat=remat,
         plan=plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),
         cache=cache,
         static_argnums=static_argnums,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import click
 import jax
@@ -19,19 +20,25 @@ import ffjax
 from ffjax import planner, verifying
 from ffjax.cli_options import LOCAL, Question, cluster_named, settings_of, with_question
 from ffjax.cli_profile import cases_for, check_kinds, here_as, run_profile
+from ffjax.comparing import HEADER
+from ffjax.comparing import compare as compared
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.simulation.timeline import writer
 from ffjax.demo import agree, report, run_demo, verdict
-from ffjax.errors import BudgetError, FfjaxError
+from ffjax.errors import FfjaxError
 from ffjax.explain import short_source
-from ffjax.plan import Competitor, Plan
-from ffjax.strategies import all_strategies
-from ffjax.strategies.search import AUTO, MOST_AXES
+from ffjax.pareto import front_of
+from ffjax.pareto import writer as front_writer
+from ffjax.plan import Plan
+from ffjax.remat import SEARCH
+from ffjax.strategies.search import AUTO
 from ffjax.targets import load_target
 from ffjax.units import bytes_text, seconds_text
 
 PLAIN_WIDTH = 160
 """Of tables that go to no terminal."""
+TERMINAL = "-"
+"""As a file: none."""
 HEAVIEST = 12
 """Entries of the critical path that are shown."""
 
@@ -92,7 +99,26 @@ def _planned(
         mesh=asked.mesh,
         pins=asked.pins or None,
         verify=verify,
+        remat=asked.remat,
         donate_argnums=asked.donate,
+        progress=progress,
+    )
+
+
+def _search(asked: Question, strategy: str, progress: Callable[[str, float], None]) -> planner.ProgramSearch:
+    """What is asked of the step's program; with `--remat search` of the one that the fastest plan is for."""
+    if asked.remat == SEARCH:
+        program = _planned(asked, strategy, progress).bound.graph.program
+    else:
+        target = asked.target
+        program = planner.trace_step(target.step, target.args, {}, donate_argnums=asked.donate, remat=asked.remat)
+    return planner.ProgramSearch(
+        program,
+        cluster=asked.cluster,
+        memory=asked.memory,
+        strategy=strategy,
+        mesh=asked.mesh,
+        pins=asked.pins or None,
         progress=progress,
     )
 
@@ -105,8 +131,15 @@ def _planned(
 @click.option("--strategy", default=AUTO, show_default=True, help="auto, or a named strategy.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Where to write the plan as JSON.")
 @click.option("--verify", is_flag=True, help="Compile the best few plans and take the fastest that then fits.")
+@click.option(
+    "--pareto",
+    is_flag=False,
+    flag_value=TERMINAL,
+    metavar="[FILE]",
+    help="Time against memory: a table, and front.html, .csv, .json, or a folder for all and every plan.",
+)
 @click.option("--details", is_flag=True, help="Everything, not only what matters most.")
-def plan(asked: Question, strategy: str, out: str | None, verify: bool, details: bool) -> None:
+def plan(asked: Question, strategy: str, out: str | None, verify: bool, pareto: str | None, details: bool) -> None:
     """Finds a plan for a cluster, which need not be there.
 
     The target is file.py:function or package.module:function. The shapes of its arguments come from `example_args` in
@@ -115,15 +148,34 @@ def plan(asked: Question, strategy: str, out: str | None, verify: bool, details:
     \b
     ffjax plan examples/gpt.py:train_step --cluster h100 --hosts 8 --preset gpt3_6b7 --donate 0
     """
-    with _progress() as tell:
-        found = _planned(asked, strategy, tell, verify=planner.FINALISTS if verify else planner.NEVER)
-    click.echo(found.explain(details=details), nl=False)
+    if pareto is not None:
+        if verify:
+            raise click.UsageError("--pareto compiles nothing; leave --verify out, or plan once more within a budget")
+        found = _front(asked, strategy, pareto)
+    else:
+        with _progress() as tell:
+            found = _planned(asked, strategy, tell, verify=planner.FINALISTS if verify else planner.NEVER)
+        click.echo(found.explain(details=details), nl=False)
     if out is not None:
         try:
             found.save(out)
         except OSError as error:
             raise FfjaxError(f"cannot write {out!r}: {error.strerror}. Remedy: give another --out.") from error
         click.echo(f"\nwritten to {out}", err=True)
+
+
+def _front(asked: Question, strategy: str, file: str) -> Plan:
+    """Prints and saves the front of time against memory; its fastest plan that fits, or else its smallest."""
+    if file != TERMINAL:
+        front_writer(file)  # a wrong suffix is told before the search
+    with _progress() as tell:
+        search = _search(asked, strategy, tell)
+        front = front_of(search, search.search(search.budget_bytes))
+    click.echo(str(front))
+    if file != TERMINAL:
+        front.save(file)
+        click.echo(f"\nwritten to {file}", err=True)
+    return front.best or front.points[0].plan
 
 
 @main.command()
@@ -142,19 +194,10 @@ def verify(ctx: click.Context, asked: Question, strategy: str, file: str | None)
     """
     with _progress() as tell:
         tell("traces the step", 0.0)
-        program = planner.trace_step(asked.target.step, asked.target.args, {}, donate_argnums=asked.donate)
         if file is not None:
-            found = planner.bind_program(Plan.load(file), program)
+            found = Plan.load(file).bind(asked.target.step, *asked.target.args, donate_argnums=asked.donate)
         else:
-            found = planner.plan_program(
-                program,
-                cluster=asked.cluster,
-                memory=asked.memory,
-                strategy=strategy,
-                mesh=asked.mesh,
-                pins=asked.pins or None,
-                progress=tell,
-            )
+            found = _planned(asked, strategy, tell)
         tell("compiles", 1.0)
         checked = verifying.verify(found, asked.cluster)
     click.echo(str(checked))
@@ -182,51 +225,37 @@ def diff(ctx: click.Context, before: str, after: str) -> None:
 
 @main.command()
 @with_question
-def compare(asked: Question) -> None:
-    """Puts the plan found and the named strategies side by side, each on its best mesh."""
-    program = planner.trace_step(asked.target.step, asked.target.args, {}, donate_argnums=asked.donate)
-    meshes = {str(m): m.as_dict() for m in asked.cluster.mesh_shapes(max_axes=MOST_AXES)}
+@click.option("--html", type=click.Path(dir_okay=False), help="Where to write a report with plots.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Prints figures in seconds and bytes as JSON, in place of a table."
+)
+@click.option("--pareto", is_flag=True, help="Adds the front of time against memory.")
+def compare(asked: Question, html: str | None, as_json: bool, pareto: bool) -> None:
+    """Puts the plan found and the named strategies side by side, each on its best mesh.
 
-    def planned(strategy: str, mesh: dict[str, int] | None, progress: Callable[[str, float], None] | None) -> Plan:
-        return planner.plan_program(
-            program,
-            cluster=asked.cluster,
-            memory=asked.memory,
-            strategy=strategy,
-            mesh=mesh,
-            pins=asked.pins or None,
-            progress=progress,
-        )
-
+    Also those that do not fit, with what they need, and those that have no use for the step, with why.
+    """
     with _progress() as tell:
-        auto = planned(AUTO, asked.mesh, tell)
-        rows = [(AUTO, str(auto.mesh), *_figures(auto), "yes")]
-        best: dict[str, Competitor] = {}
-        for c in sorted(auto.search.competitors, key=lambda c: (not c.fits, c.step_s)):
-            if c.strategy != AUTO:
-                best.setdefault(c.strategy, c)
-        for name, c in best.items():
-            tell(f"{name} on {c.mesh}", 1.0)
-            try:
-                # The search reports only sums of what loses, so its mesh is solved again.
-                figures = _figures(planned(name, asked.mesh or meshes[c.mesh], None))
-            except BudgetError:
-                figures = (seconds_text(c.step_s), "-", "-", bytes_text(c.peak_bytes))
-            rows.append((name, c.mesh, *figures, "yes" if c.fits else "no"))
-    table = Table("strategy", "mesh", "step", "compute", "communication", "peak", "fits")
-    for row in rows:
-        table.add_row(*row)
-    console = _console()
-    budget = bytes_text(auto.budget_bytes)
-    console.print(f"{auto.program} on {auto.devices} devices of {auto.cluster!r}, {budget} each: predictions")
-    console.print(table)
-    if unused := sorted({s.name for s in all_strategies()} - best.keys()):
-        console.print(f"no use for these meshes: {', '.join(unused)}")
-
-
-def _figures(plan: Plan) -> tuple[str, str, str, str]:
-    e = plan.estimate
-    return seconds_text(e.step_s), seconds_text(e.compute_s), seconds_text(e.exposed_comm_s), bytes_text(e.peak_bytes)
+        found = compared(_search(asked, AUTO, tell), front=pareto)
+    if as_json:
+        click.echo(found.to_json(), nl=False)
+    else:
+        console = _console()
+        console.print(found.title, soft_wrap=True, markup=False)
+        side_by_side = Table(*HEADER)
+        for row in found.rows:
+            side_by_side.add_row(*row.texts())
+        console.print(side_by_side)
+        for name, why in sorted(found.unused.items()):
+            console.print(f"{name} {why}", soft_wrap=True, markup=False)
+        if found.front is not None:
+            click.echo(f"\n{found.front}")
+    if html is not None:
+        try:
+            Path(html).write_text(found.to_html(), encoding="utf-8")
+        except OSError as error:
+            raise FfjaxError(f"cannot write {html!r}: {error.strerror}. Remedy: give another --html.") from error
+        click.echo(f"\nwritten to {html}", err=True)
 
 
 @main.command()

@@ -13,6 +13,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 from ffjax.cost.cluster import Cluster
+from ffjax.ir.compat import AS_WRITTEN, CHECKPOINT_POLICIES
+from ffjax.remat import SEARCH
 from ffjax.targets import Target, load_target
 
 P = ParamSpec("P")
@@ -77,6 +79,7 @@ class Question:
     memory: str | None
     mesh: dict[str, int] | None
     pins: dict[str, PartitionSpec]
+    remat: str
     donate: tuple[int, ...]
 
 
@@ -91,6 +94,13 @@ _OPTIONS = (
     click.option("--mesh", callback=_mesh, metavar="x=8,y=8", help="The mesh; by default meshes are searched too."),
     click.option(
         "--pin", "pins", multiple=True, callback=_pins, metavar="PATTERN=SPEC", help="As 'params/**/kernel=None,x'."
+    ),
+    click.option(
+        "--remat",
+        default=AS_WRITTEN,
+        show_default=True,
+        type=click.Choice([AS_WRITTEN, SEARCH, *CHECKPOINT_POLICIES]),
+        help="What jax.checkpoint regions keep.",
     ),
     click.option("--args", "args_from", metavar="FUNCTION", help="Gives the arguments' shapes, as example_args."),
     click.option("--preset", help="A class method of the module's Config, such as gpt2."),
@@ -115,6 +125,7 @@ def with_question(command: Callable[Concatenate[Question, P], R]) -> Callable[..
         memory: str | None,
         mesh: dict[str, int] | None,
         pins: dict[str, PartitionSpec],
+        remat: str,
         args_from: str | None,
         preset: str | None,
         settings: dict[str, str],
@@ -129,7 +140,9 @@ def with_question(command: Callable[Concatenate[Question, P], R]) -> Callable[..
         if profile_file is not None:
             described = described.with_profile(profile_file, accept_other=accept_other_profile)
         loaded = load_target(target, args=args_from, preset=preset, settings=settings)
-        asked = Question(target=loaded, cluster=described, memory=memory, mesh=mesh, pins=pins, donate=donate)
+        asked = Question(
+            target=loaded, cluster=described, memory=memory, mesh=mesh, pins=pins, remat=remat, donate=donate
+        )
         return command(asked, *args, **kwargs)
 
     for option in reversed(_OPTIONS):

@@ -46,10 +46,10 @@ def cases_for(
     """
     cases: list[Case] = []
     if target is not None:
-        program = planner.trace_step(target.step, target.args, {}, donate_argnums=donate)
         if plan is not None:
-            layouts = [planner.bind_program(Plan.load(plan), program).bound]
+            layouts = [Plan.load(plan).bind(target.step, *target.args, donate_argnums=donate).bound]
         else:
+            program = planner.trace_step(target.step, target.args, {}, donate_argnums=donate)
             layouts = layouts_of(program, cluster, progress)
         cases += [c for c in needs(layouts, cluster) if not only or c.kind in only]
     if with_grid:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from ffjax.cost.simulation.limits import FasterLink, Limits
+from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.spec import format_spec
 from ffjax.plan import Decision, Placement, Plan
 from ffjax.units import bytes_text, seconds_text
 
-MOST_LINES = 14
+MOST_LINES = 10
 
 
 def explain(plan: Plan, *, details: bool = False) -> str:
@@ -18,14 +20,19 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     limit = None if details else MOST_LINES
     lines = [
         f"{plan.program} on {plan.devices} devices of {plan.cluster!r}, "
-        f"mesh {plan.mesh_shape}, strategy {plan.strategy}",
+        f"mesh {plan.mesh_shape}, strategy {plan.strategy}"
+        + (f", remat {plan.remat}" if search.remat or plan.remat != AS_WRITTEN else ""),
         f"  step {seconds_text(figures.step_s)} = compute {seconds_text(figures.compute_s)} "
-        f"+ communication {seconds_text(figures.exposed_comm_s)}",
+        f"+ exposed communication {seconds_text(figures.exposed_comm_s)}, "
+        f"of {seconds_text(figures.comm_s)} communication in all",
         f"  peak {bytes_text(figures.peak_bytes)} of {bytes_text(plan.budget_bytes)} per device",
-        f"  found by {search.algorithm} in {search.seconds.get('total', 0.0):.1f}s: "
-        f"bound {seconds_text(search.lower_bound_s)}, gap {search.gap:.2%}, {search.stop}",
+        f"  found by {search.algorithm} in {search.seconds.get('total', 0.0):.1f} s; {search.stop}",
+        f"  bound: no plan on this mesh has a sum of costs (kernels and collectives, as far as they were taken to be "
+        f"exposed) below {seconds_text(search.lower_bound_s)};",
+        f"  gap: so at most {search.gap:.2%} of this plan's sum can be gained there",
         *([f"  measured costs from {plan.profile}"] if plan.profile else []),
         *([f"  seconds are {_shares(figures.sources)}"] if plan.profile or details else []),
+        *([] if plan.limits is None else ["", *_limits(plan, plan.limits)]),
         "",
         "collectives of one step, per device",
     ]
@@ -38,14 +45,17 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     )
     lines += ["", "arguments"]
     lines += table([(path, count, spec) for path, count, spec in _collapsed(plan.args)][:limit], empty="none")
-    lines += ["", "what costs most, and the runner-up (all members of a family together)"]
     hot = sorted(plan.decisions, key=lambda d: -d.seconds)
+    lines += [
+        "",
+        "what costs most, and the runner-up: what it would add to the step (all members of a family together)",
+    ]
     lines += table(
         [
             (seconds_text(d.seconds), f"{d.members} x", _split(d), d.what, short_source(d.where), _runner_up(d))
-            for d in hot[:limit]
+            for d in ([d for d in hot if d.runner_up or details][:limit])
         ],
-        empty="nothing",
+        empty="nothing has another way",
     )
     close = sorted((d for d in plan.decisions if d.runner_up), key=lambda d: d.runner_up_extra_s)
     if details:
@@ -61,6 +71,22 @@ def explain(plan: Plan, *, details: bool = False) -> str:
         row = (c.strategy, c.mesh, seconds_text(c.step_s), bytes_text(c.peak_bytes), "" if c.fits else "does not fit")
         best.setdefault(c.strategy, row)
     lines += table(list(best.values()), empty="none")
+    if search.remat:
+        lines += ["", "what jax.checkpoint regions keep: the best plan under each policy"]
+        lines += table(
+            [
+                (
+                    v.policy,
+                    v.strategy,
+                    v.mesh,
+                    seconds_text(v.step_s),
+                    bytes_text(v.peak_bytes),
+                    "taken" if v.policy == plan.remat else "" if v.fits else "does not fit",
+                )
+                for v in search.remat
+            ],
+            empty="none",
+        )
     if search.finalists:
         lines += ["", "compiled before deciding: predicted, as compiled"]
         lines += table(
@@ -79,6 +105,47 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _limits(plan: Plan, limits: Limits) -> list[str]:
+    """The busiest stream, and what a faster network or more memory would change."""
+    faster = {link.link: link for link in limits.links}
+    rows = []
+    for s in limits.streams:
+        link = faster.get(s.stream)
+        saved = "" if link is None else _saved(link)
+        exposed = f"{seconds_text(s.exposed_s)} exposed" if link is not None else ""
+        rows.append(
+            (
+                s.stream,
+                f"{seconds_text(s.busy_s)} busy",
+                exposed,
+                saved,
+                "<- bottleneck" * (s.stream == limits.bottleneck),
+            )
+        )
+    if limits.memory is None:
+        more = "more would change nothing that is known"
+    else:
+        m = limits.memory
+        more = (
+            f"binds: at the margin a GiB more on each device is worth {seconds_text(m.saved_s_per_gib)} of a "
+            f"step; with {bytes_text(m.peak_bytes)} it would take {seconds_text(m.step_s)}"
+        )
+    return [
+        "what the step waits for, per device, and what more of it would save (this plan, simulated again)",
+        *table(rows, empty="nothing"),
+        f"  memory: {bytes_text(plan.budget_bytes)}; {more}",
+    ]
+
+
+def _saved(link: FasterLink) -> str:
+    tenth, twice = (_or_nothing(s) for s in (link.saved_by_tenth_s, link.saved_by_twice_s))
+    return f"10% faster: {tenth}, twice as fast: {twice}"
+
+
+def _or_nothing(saved_s: float) -> str:
+    return "nothing" if abs(saved_s) < 1e-9 else f"{seconds_text(-saved_s)}"
+
+
 def diff(a: Plan, b: Plan) -> str:
     """One line for each thing that differs between two plans, `-` before and `+` after."""
     lines: list[str] = []
@@ -89,6 +156,7 @@ def diff(a: Plan, b: Plan) -> str:
 
     change("program", a.program, b.program)
     change("fingerprint", a.fingerprint, b.fingerprint)
+    change("remat", a.remat, b.remat)
     change("mesh", a.mesh_shape, b.mesh_shape)
     for side, before, after in (("", a.args, b.args), ("result ", a.results, b.results)):
         left, right = ({p.path: _placed(p) for p in placements} for placements in (before, after))

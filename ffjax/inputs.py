@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import BudgetError, ClusterError, FfjaxWarning, PlanError
+from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.dims import named_dims
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
@@ -87,13 +88,18 @@ def warn_if_batch_is_whole(regions: Regions, result: SearchResult, stacklevel: i
     )
 
 
-def over_budget(result: SearchResult, budget_bytes: float, cluster: Cluster) -> BudgetError:
-    """What conflicts where nothing fits, and the nearest budget found that would do."""
+def over_budget(result: SearchResult, budget_bytes: float, cluster: Cluster, *, retrace: bool = False) -> BudgetError:
+    """What conflicts where nothing fits, and the nearest budget found that would do.
+
+    `retrace`: whether other policies of the program's `jax.checkpoint` regions are left to try.
+    """
     best = result.best
+    remat = f", remat {policy!r}" if (policy := best.layout.graph.program.remat) != AS_WRITTEN else ""
     largest = "\n".join(f"  {amount(size):>10}  {what}" for what, size in best.peak.live[:6])
     return BudgetError(
         f"no plan fits {amount(budget_bytes)} per device on {cluster.devices} devices. The smallest found "
-        f"({best.strategy} on {best.mesh}) needs {amount(best.peak.bytes)}; at its peak the largest arrays alive are:\n"
-        f"{largest}\nRemedy: memory={amount(best.peak.bytes)!r} or more, more devices, donated state "
-        "(donate_argnums), a smaller batch, or jax.checkpoint."
+        f"({best.strategy} on {best.mesh}{remat}) needs {amount(best.peak.bytes)}; at its peak the largest arrays "
+        f"alive are:\n{largest}\nRemedy: memory={amount(best.peak.bytes)!r} or more, more devices, donated state "
+        "(donate_argnums), a smaller batch, or "
+        + ("remat='search', which tries other policies of the step's jax.checkpoint." if retrace else "jax.checkpoint.")
     )

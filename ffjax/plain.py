@@ -28,7 +28,10 @@ def to_plain(value: object) -> object:
 
 
 def from_plain(kind: type[T], value: object, where: str = "") -> T:
-    """The dataclass that a JSON object stands for; raises ValueError that says where it is not one."""
+    """The dataclass that a JSON object stands for; raises ValueError that says where it is not one.
+
+    Fields whose metadata has `optional=True` may be missing: they came after files that are still read.
+    """
     return _read(kind, value, where)  # type: ignore[return-value]
 
 
@@ -74,7 +77,8 @@ def _read_fields(kind: type, value: object, where: str) -> object:
     known = {f.name for f in _fields(kind)}
     if unknown := content.keys() - known:
         raise ValueError(f"{where or 'the whole'} has the unknown field {sorted(unknown)[0]!r}")
-    if missing := known - content.keys():
+    needed = {f.name for f in _fields(kind) if not f.metadata.get("optional", False)}
+    if missing := needed - content.keys():
         raise ValueError(f"{where or 'the whole'} lacks the field {sorted(missing)[0]!r}")
     return kind(**{k: _read(hints[k], v, f"{where}.{k}" if where else k) for k, v in content.items()})
 

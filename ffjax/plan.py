@@ -21,10 +21,12 @@ from jax.sharding import PartitionSpec
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.estimate import Estimate
+from ffjax.cost.simulation.limits import Limits
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import PlanError, PlanMismatch
 from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import MeshShape, Spec
 from ffjax.ir.trace import Program
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from ffjax.verifying import Verification
 
 FORMAT = 1
+_LATER = {"optional": True}
+"""Of fields that the format gained: texts from before lack them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,21 @@ class Finalist:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RematVariant:
+    """The best plan of the step with its `jax.checkpoint` regions under one policy.
+
+    The fastest that fits, or, where none does, the one that needs least memory.
+    """
+
+    policy: str
+    strategy: str
+    mesh: str
+    step_s: float
+    peak_bytes: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchReport:
     """How the plan was found. `lower_bound_s` is proved for all plans on its mesh; `gap` is the plan's share above it.
 
@@ -110,6 +129,8 @@ class SearchReport:
     competitors: tuple[Competitor, ...]
     finalists: tuple[Finalist, ...] = ()
     """Those that were compiled, fastest first as compiled; empty with `verify="never"`."""
+    remat: tuple[RematVariant, ...] = field(default=(), metadata=_LATER)
+    """What each policy would have cost, the one taken among them; empty where there was no choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +155,10 @@ class Plan:
     search: SearchReport
     profile: str = ""
     """The measurements that it was priced by: name and hash; empty if none were."""
+    remat: str = field(default=AS_WRITTEN, metadata=_LATER)
+    """The policy that its program's `jax.checkpoint` regions were traced under."""
+    limits: Limits | None = field(default=None, metadata=_LATER)
+    """What holds the step back; None in plans that were saved before this was known."""
     layout: Layout | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
     """The plan on its program; None for a loaded plan that is not bound yet."""
     described: Cluster | None = field(default=None, compare=False, repr=False, metadata={"plain": False})
@@ -191,7 +216,9 @@ class Plan:
         """This plan on a program: traces `step` and checks that it is the one that the plan was made for."""
         from ffjax.planner import bind_program, trace_step
 
-        program = trace_step(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+        program = trace_step(
+            step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums, remat=self.remat
+        )
         return bind_program(self, program)
 
     def lower(self, devices: Sequence[Any] | None = None) -> jax.stages.Lowered:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
+from ffjax.cost.simulation.limits import MoreMemory, limits_of
 from ffjax.fingerprint import fingerprint
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import Graph, Op
@@ -19,8 +20,12 @@ from ffjax.ir.trace import Program
 from ffjax.pins import entries
 from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
 from ffjax.strategies.families import members
+from ffjax.strategies.problem import total_seconds
 from ffjax.strategies.runner_up import RunnerUp, runners_up
-from ffjax.strategies.search import Found, SearchResult
+from ffjax.strategies.search import AUTO, Found, SearchResult
+
+_MOST_LARGER = 4
+"""Plans that do not fit, the fastest if nothing overlapped, that are simulated to say what more memory would change."""
 
 
 def plan_of(
@@ -64,10 +69,40 @@ def plan_of(
         decisions=tuple(_decisions(regions, best, result.keys, others)),
         estimate=estimate(layout, result.kernels, model, best.peak, best.simulated),
         search=_search_report(result, best, seconds),
+        limits=limits_of(
+            result.session.simulator(best.mesh), result.kernels, layout.assignments, _more_memory(result, best)
+        ),
         profile="" if cluster.profile is None else f"{cluster.profile.name} {cluster.profile.digest}",
+        remat=program.remat,
         layout=layout,
         described=cluster,
     )
+
+
+def _more_memory(result: SearchResult, best: Found) -> MoreMemory | None:
+    """The fastest plan known that does not fit, and what a byte cost in the solves for this plan's mesh."""
+    session = result.session
+    larger = [(f.step_s, f.layout, f.peak.bytes) for f in result.found if not f.fits]
+    larger += [
+        (total_seconds(f.problem, f.free.solution.choice), f.free.layout, f.free.peak.bytes)
+        for f in result.found
+        if f.free is not None and f.strategy in (AUTO, best.strategy)
+    ]
+    faster = [
+        (seconds, size)
+        for sum_s, layout, size in sorted(larger, key=lambda one: one[0])[:_MOST_LARGER]
+        if (seconds := session.simulated(layout).step_s if session.cluster.async_collectives else sum_s)
+        < best.predicted_s
+        and size > best.peak.bytes
+    ]
+    if not faster:
+        return None
+    step_s, size = min(faster)
+    paid = [f for f in result.found if f.mesh == best.mesh and f.fits and f.strategy in (AUTO, best.strategy)]
+    s_per_byte = min(paid, key=lambda f: f.predicted_s, default=best).s_per_byte
+    if not s_per_byte:
+        s_per_byte = (best.predicted_s - step_s) / (size - best.peak.bytes)
+    return MoreMemory(saved_s_per_gib=s_per_byte * 2**30, peak_bytes=size, step_s=step_s)
 
 
 def _decisions(regions: Regions, best: Found, keys: Sequence[str], others: Sequence[RunnerUp | None]) -> list[Decision]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -12,19 +13,21 @@ from jax.sharding import PartitionSpec
 from ffjax import nnx
 from ffjax.cost.cluster import Cluster, parse_bytes
 from ffjax.emit.emit import partition_spec
-from ffjax.errors import PinError, PlanError, PlanMismatch
+from ffjax.errors import BudgetError, PinError, PlanError, PlanMismatch
 from ffjax.finalists import settle
 from ffjax.fingerprint import fingerprint
 from ffjax.inputs import argnums, cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
 from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import Spec, format_spec
-from ffjax.ir.trace import Program, trace
+from ffjax.ir.trace import Program
 from ffjax.pins import check_pins, keep_pins, pin_marks
-from ffjax.plan import Plan
+from ffjax.plan import Plan, RematVariant
 from ffjax.plan_report import plan_of, subject
+from ffjax.remat import alternatives, trace_call
 from ffjax.strategies.candidates import is_candidate
 from ffjax.strategies.families import family_keys, members
 from ffjax.strategies.search import AUTO, MOST_AXES, Found, Progress, SearchResult, search
@@ -42,6 +45,7 @@ def plan(
     mesh: Mapping[str, int] | None = None,
     pins: Pins | None = None,
     verify: str = NEVER,
+    remat: str = AS_WRITTEN,
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
     progress: Progress | None = None,
@@ -59,6 +63,10 @@ def plan(
       pins: path patterns of arguments, and the PartitionSpec that each shall have.
       verify: `"finalists"` compiles the best few plans, for the cluster's devices or compile-only ones, drops those
         that do not fit and takes the one whose compiled program is fastest; `"never"` compiles nothing.
+      remat: `"search"` also decides what the step's `jax.checkpoint` regions keep for the backward pass: each policy
+        is searched (`"off"`, `"dots_saveable"`, `"dots_with_no_batch_dims_saveable"`, `"nothing_saveable"`) and the
+        fastest plan that fits wins; one of these names fixes it. `"as written"` leaves it to the step: another policy
+        is another program, with other memory and rounding than the one that was asked for, and takes a search more.
       static_argnums, donate_argnums: as in `jax.jit`.
       progress: called with what is being done and the share that is done.
 
@@ -66,9 +74,11 @@ def plan(
       TraceError, ClusterError, PinError, BudgetError, PlanError: each names the input and the remedy.
     """
     began = time.perf_counter()
-    program = trace_step(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    program = trace_call(call, remat)
     return plan_program(
         program,
+        others=alternatives(call, program, remat),
         cluster=cluster,
         memory=memory,
         strategy=strategy,
@@ -87,18 +97,25 @@ def trace_step(
     *,
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
+    remat: str = AS_WRITTEN,
 ) -> Program:
     """Traces a step; one that takes NNX objects is made a function of their state first."""
+    call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    return trace_call(call, remat)
+
+
+def call_of(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+) -> nnx.Call:
+    """A step and its arguments as a function of arrays."""
     static = argnums(static_argnums, len(args), "static_argnums")
     donated = argnums(donate_argnums, len(args), "donate_argnums")
-    return trace_call(nnx.as_function(step, args, kwargs, static, donated))
-
-
-def trace_call(call: nnx.Call) -> Program:
-    """Traces a call that is a function of arrays already."""
-    return trace(
-        call.step, call.args, call.kwargs, static_argnums=call.static_argnums, donate_argnums=call.donate_argnums
-    )
+    return nnx.as_function(step, args, kwargs, static, donated)
 
 
 def plan_program(
@@ -110,52 +127,169 @@ def plan_program(
     mesh: Mapping[str, int] | None = None,
     pins: Pins | None = None,
     verify: str = NEVER,
+    others: Sequence[Program] = (),
     progress: Progress | None = None,
     trace_s: float = 0.0,
 ) -> Plan:
-    """Searches a plan for a program that is traced already; see `plan`."""
-    began = time.perf_counter()
-    cluster = cluster_of(cluster)
+    """Searches a plan for a program that is traced already; see `plan`.
+
+    `others` are the same step under other policies of its `jax.checkpoint` regions: the fastest of all wins.
+    """
     if verify not in (NEVER, FINALISTS):
         raise PlanError(
             f"verify={verify!r} is no way to verify. Remedy: {NEVER!r}, or {FINALISTS!r} to compile the best."
         )
-    budget = float(cluster.device.memory_bytes if memory is None else parse_bytes(memory))
-    meshes = None if mesh is None else [mesh_of(mesh, cluster)]
-    graph = build_graph(program)
-    regions = find_regions(graph)
-    if pins:
-        check_pins(regions, pins, meshes or cluster.mesh_shapes(max_axes=MOST_AXES))
-    seconds = {"trace": trace_s, "rules": time.perf_counter() - began}
+    programs = (program, *others)
+    variants: dict[object, _Variant] = {}
+    for index, each in enumerate(programs):
+        asked = ProgramSearch(
+            each,
+            cluster=cluster,
+            memory=memory,
+            strategy=strategy,
+            mesh=mesh,
+            pins=pins,
+            progress=_part(progress, index, programs),
+            trace_s=0.0 if index else trace_s,
+        )
+        key = fingerprint(asked.regions) if others else None
+        if key not in variants:
+            variants[key] = _Variant(asked, asked.search(asked.budget_bytes))
+    ranked = sorted(variants.values(), key=_Variant.rank)
+    best = ranked[0]
+    if not best.result.best.fits:
+        retrace = program.checkpoints and not others
+        raise over_budget(best.result, best.asked.budget_bytes, best.asked.cluster, retrace=retrace)
+    warn_if_batch_is_whole(best.asked.regions, best.result)
+    seconds: dict[str, float] = {}
+    for variant in ranked:
+        for phase, spent in variant.asked.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    for variant in ranked:
+        variant.asked.seconds = seconds
+    rows = _rows(ranked) if len(ranked) > 1 else ()
+    if verify == NEVER:
+        return _with_rows(best.asked.plan(best.result, best.result.best), rows)
+    return _with_rows(_fastest_compiled([v.settled for v in ranked if v.result.best.fits]), rows)
 
-    def searched(budget_bytes: float) -> SearchResult:
+
+class ProgramSearch:
+    """What is asked of one program, checked; see `plan`. Searches share its analysis."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        cluster: Cluster | None = None,
+        memory: str | float | None = None,
+        strategy: str = AUTO,
+        mesh: Mapping[str, int] | None = None,
+        pins: Pins | None = None,
+        progress: Progress | None = None,
+        trace_s: float = 0.0,
+    ) -> None:
+        began = time.perf_counter()
+        self.program, self.strategy, self.pins, self.progress = program, strategy, pins or {}, progress
+        self.cluster = cluster_of(cluster)
+        self.budget_bytes = float(self.cluster.device.memory_bytes if memory is None else parse_bytes(memory))
+        self.meshes = None if mesh is None else [mesh_of(mesh, self.cluster)]
+        self.regions = find_regions(build_graph(program))
+        if self.pins:
+            check_pins(self.regions, self.pins, self.meshes or self.cluster.mesh_shapes(max_axes=MOST_AXES))
+        self.seconds = {"trace": trace_s, "rules": time.perf_counter() - began}
+        """Where the time went, all searches together."""
+
+    def search(self, budget_bytes: float) -> SearchResult:
+        """Searches within a budget; raises PlanError or PinError where there is nothing to search."""
         try:
             result = search(
-                regions,
-                cluster,
+                self.regions,
+                self.cluster,
                 budget_bytes=budget_bytes,
-                strategy=strategy,
-                meshes=meshes,
-                keep=keep_pins(regions, pins or {}),
-                marks=pin_marks(regions, pins or {}),
-                progress=progress,
+                strategy=self.strategy,
+                meshes=self.meshes,
+                keep=keep_pins(self.regions, self.pins),
+                marks=pin_marks(self.regions, self.pins),
+                progress=self.progress,
             )
         except ValueError as error:
-            raise (PinError if pins else PlanError)(f"{program.name}: {error}") from error
+            raise (PinError if self.pins else PlanError)(f"{self.program.name}: {error}") from error
         for phase, spent in result.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
         return result
 
-    def reported(result: SearchResult, found: Found) -> Plan:
-        return plan_of(program, regions, cluster, result, found, budget, strategy, pins or {}, seconds)
+    def plan(self, result: SearchResult, found: Found) -> Plan:
+        """One of a search's findings as a plan."""
+        return plan_of(
+            self.program,
+            self.regions,
+            self.cluster,
+            result,
+            found,
+            self.budget_bytes,
+            self.strategy,
+            self.pins,
+            self.seconds,
+        )
 
-    result = searched(budget)
-    if not result.best.fits:
-        raise over_budget(result, budget, cluster)
-    warn_if_batch_is_whole(regions, result)
-    if verify == NEVER:
-        return reported(result, result.best)
-    return settle(result, cluster, budget, searched, reported, seconds, progress)
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """A program under one policy, and what its search found."""
+
+    asked: ProgramSearch
+    result: SearchResult
+
+    def rank(self) -> tuple[bool, float]:
+        """Those that fit first, by their seconds; then by how little is missing."""
+        best = self.result.best
+        return (not best.fits, best.predicted_s if best.fits else best.peak.bytes)
+
+    def settled(self) -> Plan:
+        """The best by compiling."""
+        asked = self.asked
+        return settle(
+            self.result, asked.cluster, asked.budget_bytes, asked.search, asked.plan, asked.seconds, asked.progress
+        )
+
+
+def _with_rows(plan: Plan, rows: tuple[RematVariant, ...]) -> Plan:
+    return dataclasses.replace(plan, search=dataclasses.replace(plan.search, remat=rows))
+
+
+def _part(progress: Progress | None, index: int, programs: Sequence[Program]) -> Progress | None:
+    """What is told of the search of one of several programs, as a part of them all."""
+    if progress is None or len(programs) == 1:
+        return progress
+    return lambda what, share: progress(f"{what}, remat {programs[index].remat}", (index + share) / len(programs))
+
+
+def _rows(variants: Iterable[_Variant]) -> tuple[RematVariant, ...]:
+    return tuple(
+        RematVariant(
+            policy=v.asked.program.remat,
+            strategy=v.result.best.strategy,
+            mesh=str(v.result.best.mesh),
+            step_s=v.result.best.predicted_s,
+            peak_bytes=v.result.best.peak.bytes,
+            fits=v.result.best.fits,
+        )
+        for v in sorted(variants, key=_Variant.rank)
+    )
+
+
+def _fastest_compiled(settled: Sequence[Callable[[], Plan]]) -> Plan:
+    """The plan whose compiled program is fastest; raises the first BudgetError where none fits once compiled."""
+    plans: list[Plan] = []
+    errors: list[BudgetError] = []
+    for settle_one in settled:
+        try:
+            plans.append(settle_one())
+        except BudgetError as error:
+            errors.append(error)
+    if not plans:
+        raise errors[0]
+    return min(plans, key=lambda p: p.search.finalists[0].compiled_step_s)
 
 
 def bind_program(plan: Plan, program: Program) -> Plan:
@@ -166,6 +300,11 @@ def bind_program(plan: Plan, program: Program) -> Plan:
                 f"the plan of {plan.program!r} was made for {theirs.path}: {theirs.dtype}{list(theirs.shape)}, but the "
                 f"argument is {ours.path}: {ours.dtype}{list(ours.shape)}. Remedy: search a plan for these arguments."
             )
+    if program.remat != plan.remat:
+        raise PlanMismatch(
+            f"the plan of {plan.program!r} was made with remat={plan.remat!r}, but the program was traced with "
+            f"remat={program.remat!r}. Remedy: plan.bind(step, *args), which traces it as the plan wants."
+        )
     regions = find_regions(build_graph(program))
     plan.check_fingerprint(fingerprint(regions), program.name)
     marks = pin_marks(regions, {pattern: partition_spec(spec) for pattern, spec in plan.pins.items()})

@@ -35,6 +35,10 @@ class Fit:
     layout: Layout
     peak: Peak
     fits: bool
+    s_per_byte: float = 0.0
+    """What a byte cost where this was found: by so much the objective falls with each further byte of budget."""
+    free: Fit | None = None
+    """The fastest solution if bytes cost nothing; None where that is this one."""
 
 
 def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:

@@ -24,13 +24,14 @@ from ffjax.strategies.methods.ilp import Instant
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.problem import Problem, total_seconds
 
-_CHEAPEST, _DEAREST = 0.01, 30.0
+CHEAPEST, DEAREST = 0.01, 30.0
 """Prices of all memory, in steps, between which the bisection looks."""
-_HALVINGS = 5
+_HALVINGS = {True: 5, False: 3}
+"""Of the range of prices: where thorough, and where not."""
 _ROUNDS, _PATIENCE = 10, 2
 """Of minimising bytes alone: at most so many, and so many without a lower peak end it."""
-_TIE_BREAK = 1e-3
-"""Weight of a step's time against all memory where memory is minimised."""
+BYTES_ALONE = 1e3
+"""The price at which memory alone is minimised, but for ties."""
 _PRICED_GAP, _PRICED_SWEEPS = 1e-3, 12
 """How well priced problems are solved: a price is a guess itself."""
 
@@ -62,7 +63,7 @@ def solve_within(
         return None
     found = fit_of(problem, solution, budget_bytes, memory)
     if not found.fits:
-        found = _solve_priced(problem, budget_bytes, memory, times, solver, found, thorough)
+        found = _solve_priced(Priced(problem, budget_bytes, memory, times, solver, found), thorough)
     if not found.fits or not thorough:
         return found
     own = scheduled_peak(found.layout, budget_bytes, memory)
@@ -70,53 +71,81 @@ def solve_within(
         return dataclasses.replace(found, peak=own)
     # Its own collectives keep more alive than the program's schedule knows: let that take so much less.
     target = budget_bytes * found.peak.bytes / own.bytes
-    less = _solve_priced(problem, target, memory, times, solver, found, thorough)
+    less = _solve_priced(Priced(problem, target, memory, times, solver, found), thorough)
     own = scheduled_peak(less.layout, budget_bytes, memory)
     solution = dataclasses.replace(less.solution, bound_s=found.solution.bound_s)
     return dataclasses.replace(less, solution=solution, peak=own, fits=own.bytes <= budget_bytes)
 
 
-def _solve_priced(
-    problem: Problem,
-    budget_bytes: float,
-    memory: MemoryModel,
-    times: Lifetimes,
-    solver: Solver,
-    free: Fit,
-    thorough: bool,
-) -> Fit:
-    """Where the fastest solution, `free`, does not fit. What is found to need least fits when that is the budget."""
-    step_s = max(total_seconds(problem, free.solution.choice), 1e-12)
-    instants = {free.peak.instant: instant(problem, times, free.peak.instant, budget_bytes)}
-    played = Counter({free.peak.instant: 1})
-    least = free
-    bound_s = free.solution.bound_s
+class Priced:
+    """A problem in which bytes cost seconds, solved at one price after another.
 
-    def solve_at(price: float) -> Fit | None:
-        nonlocal least, bound_s
-        weights = [(instants[at], n / played.total() * price * step_s / free.peak.bytes) for at, n in played.items()]
-        solution = solver.solve(priced(problem, weights), gap=_PRICED_GAP, sweeps=_PRICED_SWEEPS, prove=False)
+    Args:
+      problem: on one mesh.
+      budget_bytes: what one device may hold: what fits.
+      memory, times: of the program.
+      solver: of problems of this shape.
+      free: the fastest solution, at no price.
+    """
+
+    def __init__(
+        self, problem: Problem, budget_bytes: float, memory: MemoryModel, times: Lifetimes, solver: Solver, free: Fit
+    ) -> None:
+        self.problem, self.budget_bytes = problem, budget_bytes
+        self.memory, self.times, self.solver = memory, times, solver
+        self.free = self.least = free
+        self._s_per_byte = max(total_seconds(problem, free.solution.choice), 1e-12) / free.peak.bytes
+        self._instants: dict[int, Instant] = {}
+        self._played: Counter[int] = Counter()
+        self._play(free.peak.instant)
+
+    def at(self, price: float) -> Fit | None:
+        """The solution where the bytes of `free` cost `price` times its step."""
+        weights = [
+            (self._instants[at], n / self._played.total() * price * self._s_per_byte) for at, n in self._played.items()
+        ]
+        solution = self.solver.solve(priced(self.problem, weights), gap=_PRICED_GAP, sweeps=_PRICED_SWEEPS, prove=False)
         if solution is None:
             return None
-        # Lagrange: whatever fits pays no more for its bytes than for the whole budget.
-        allowed_s = sum(price * (budget_bytes - entry.fixed_bytes) for entry, price in weights)
-        bound_s = max(bound_s, solution.bound_s - allowed_s)
-        found = fit_of(problem, solution, budget_bytes, memory)
-        if found.peak.bytes < least.peak.bytes:
-            least = found
+        # What is proved of seconds and bytes together says nothing of seconds alone: instants count more than is live.
+        solution = dataclasses.replace(solution, bound_s=self.free.solution.bound_s)
+        found = dataclasses.replace(
+            fit_of(self.problem, solution, self.budget_bytes, self.memory),
+            s_per_byte=price * self._s_per_byte,
+            free=self.free,
+        )
+        if found.peak.bytes < self.least.peak.bytes:
+            self.least = found
         if not found.fits:
-            played[found.peak.instant] += 1
-            if found.peak.instant not in instants:
-                instants[found.peak.instant] = instant(problem, times, found.peak.instant, budget_bytes)
+            self._play(found.peak.instant)
         return found
 
+    def shrink(self, rounds: int = _ROUNDS) -> None:
+        """Looks for a smaller `least`, until one fits or none is found any more."""
+        stale = 0
+        for _ in range(rounds):
+            before = self.least
+            if self.at(BYTES_ALONE) is None or self.least.fits:
+                break
+            stale = stale + 1 if self.least is before else 0
+            if stale > _PATIENCE:
+                break
+
+    def _play(self, at: int) -> None:
+        self._played[at] += 1
+        if at not in self._instants:
+            self._instants[at] = instant(self.problem, self.times, at, self.budget_bytes)
+
+
+def _solve_priced(prices: Priced, thorough: bool) -> Fit:
+    """Where the fastest solution does not fit. What is found to need least fits when that is the budget."""
     fitting: list[Fit] = []
-    dearest = solve_at(_DEAREST)
+    dearest = prices.at(DEAREST)
     if dearest is not None and (dearest.fits or thorough):
-        low, high = math.log(_CHEAPEST), math.log(_DEAREST)
-        for _ in range(_HALVINGS):
+        low, high = math.log(CHEAPEST), math.log(DEAREST)
+        for _ in range(_HALVINGS[thorough]):
             middle = (low + high) / 2
-            found = solve_at(math.exp(middle))
+            found = prices.at(math.exp(middle))
             if found is not None and found.fits:
                 fitting.append(found)
                 high = middle
@@ -125,17 +154,9 @@ def _solve_priced(
         if dearest.fits:
             fitting.append(dearest)
     if fitting:
-        best = min(fitting, key=lambda f: total_seconds(problem, f.solution.choice))
-        return dataclasses.replace(best, solution=dataclasses.replace(best.solution, bound_s=bound_s))
-    stale = 0
-    for _ in range(_ROUNDS if thorough else 1):
-        before = least
-        if solve_at(1 / _TIE_BREAK) is None or least.fits:
-            break
-        stale = stale + 1 if least is before else 0
-        if stale > _PATIENCE:
-            break
-    return least
+        return min(fitting, key=lambda f: total_seconds(prices.problem, f.solution.choice))
+    prices.shrink(_ROUNDS if thorough else 1)
+    return prices.least
 
 
 def priced(problem: Problem, weights: Sequence[tuple[Instant, float]]) -> Problem:

@@ -29,7 +29,7 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.base import Role, Strategy, all_strategies, named
-from ffjax.strategies.budget import layout_of, scheduled_peak
+from ffjax.strategies.budget import Fit, layout_of, scheduled_peak
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods.refinement import Refinement
@@ -73,6 +73,9 @@ class Found:
     layout: Layout
     simulated: Simulated | None = None
     """With overlap; None where it was not simulated."""
+    s_per_byte: float = 0.0
+    free: Fit | None = None
+    """What memory cost in the solve that found this, and the solution at no cost; see `Fit`."""
 
     @property
     def gap(self) -> float:
@@ -95,6 +98,10 @@ class SearchResult:
     keys: tuple[str, ...]
     """The family of each region."""
     kernels: tuple[Kernel, ...]
+    unused: dict[str, str]
+    """Strategies that found nothing, and why."""
+    session: Session
+    """What further solves share with these."""
 
 
 Progress = Callable[[str, float], None]
@@ -128,7 +135,7 @@ def search(
       ValueError: for an unknown strategy, or one that has no use for any of the meshes.
     """
     began = time.perf_counter()
-    search_ = _Search(regions, cluster, budget_bytes, keep, marks)
+    search_ = Session(regions, cluster, budget_bytes, keep, marks)
     analysed = time.perf_counter()
     strategies = all_strategies() if strategy == AUTO else (named(strategy),)
     if meshes is None:
@@ -193,7 +200,17 @@ def search(
         seconds=seconds,
         keys=tuple(search_.keys),
         kernels=tuple(search_.kernels),
+        unused={s.name: _why_unused(s, lacks, pairs) for s in strategies if s.name not in {f.strategy for f in found}},
+        session=search_,
     )
+
+
+def _why_unused(strategy: Strategy, lacks: Mapping[str, str], pairs: Sequence[tuple[Strategy, object, object]]) -> str:
+    if lack := lacks.get(strategy.name):
+        return f"is for programs that have {lack}"
+    if any(entry is strategy for entry, *_ in pairs):
+        return "has no candidates left: loosen the pins"
+    return "has no use for these meshes: it needs other axes"
 
 
 def _natural(strategy: Strategy, meshes: Sequence[MeshShape]) -> list[MeshShape]:
@@ -215,7 +232,7 @@ def _promising(found: Sequence[Found], meshes: Sequence[MeshShape]) -> list[Mesh
     return list(dict.fromkeys([m for m in ranked if len(m.axes) > 1][:FREE_MESHES] + single))
 
 
-class _Search:
+class Session:
     """What all solves of one search share."""
 
     def __init__(
@@ -244,7 +261,7 @@ class _Search:
     def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> list[Found]:
         """The best plan of a named strategy on one mesh, if it has any there."""
         began = time.perf_counter()
-        problem = Roles(self.usage, mesh, roles).within(self._problem(mesh))
+        problem = Roles(self.usage, mesh, roles).within(self.problem(mesh))
         if problem is None:
             return []
         found = self._solved(strategy.name, problem, (), None, Solver(), thorough=alone, began=began)
@@ -253,7 +270,7 @@ class _Search:
     def free(self, mesh: MeshShape, named_: Sequence[Found]) -> list[Found]:
         """Plans of the whole space on one mesh, the first never worse than the named ones there if nothing overlaps."""
         began = time.perf_counter()
-        problem = self._problem(mesh)
+        problem = self.problem(mesh)
         starts = [c for f in named_ if (c := choice_of(problem, f.layout.assignments)) is not None]
         solver, found = Solver(), list[Found]()
 
@@ -272,8 +289,8 @@ class _Search:
         solve(all_hidden(problem))
         for _ in range(OBSERVED):
             best = min((f for f in [*named_, *found] if f.fits), key=lambda f: f.predicted_s)
-            self._simulated(best.layout)
-            one = solve(observed(problem, self._simulator(mesh)))
+            self.simulated(best.layout)
+            one = solve(observed(problem, self.simulator(mesh)))
             if one is None or one.predicted_s >= best.predicted_s:
                 break
         return found
@@ -284,13 +301,13 @@ class _Search:
         start = min((f for f in found if f.fits), key=lambda f: f.predicted_s, default=None)
         if start is None:
             return []
-        problem = self._problem(start.mesh)
+        problem = self.problem(start.mesh)
         choice = choice_of(problem, start.layout.assignments)
         free = start if start.strategy == AUTO else next((f for f in found if f.problem is problem), None)
         if choice is None or free is None:
             return []
         method = Refinement(
-            self._simulator(start.mesh),
+            self.simulator(start.mesh),
             lambda c: self.memory.peak(layout_of(problem, c)).bytes <= self.budget_bytes,
         )
         solution = method.solve(problem, [choice])
@@ -307,11 +324,11 @@ class _Search:
                 seconds=time.perf_counter() - began,
                 choice=solution.choice,
                 layout=layout,
-                simulated=self._simulated(layout),
+                simulated=self.simulated(layout),
             )
         ]
 
-    def _problem(self, mesh: MeshShape) -> Problem:
+    def problem(self, mesh: MeshShape) -> Problem:
         """The whole space on a mesh, but for what pins leave out."""
         if mesh not in self._problems:
             pins = self.keep(mesh) if self.keep is not None else None
@@ -349,13 +366,15 @@ class _Search:
             problem=problem,
             choice=choice,
             layout=fit.layout,
-            simulated=self._simulated(fit.layout) if fit.fits and self.cluster.async_collectives else None,
+            s_per_byte=fit.s_per_byte,
+            free=fit.free,
+            simulated=self.simulated(fit.layout) if fit.fits and self.cluster.async_collectives else None,
         )
 
-    def _simulated(self, layout: Layout) -> Simulated:
-        return self._simulator(layout.mesh).run(layout.assignments)
+    def simulated(self, layout: Layout) -> Simulated:
+        return self.simulator(layout.mesh).run(layout.assignments)
 
-    def _simulator(self, mesh: MeshShape) -> Simulator:
+    def simulator(self, mesh: MeshShape) -> Simulator:
         if self._tasks is None:
             self._tasks = build_task_graph(self.regions, self.kernels)
         if mesh not in self._simulators:

@@ -7,18 +7,21 @@ import os
 import re
 import subprocess
 import sys
+import xml.dom.minidom
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click.testing
 import pytest
 
 import ffjax
 import ffjax.examples
-from ffjax import cli
+from ffjax import cli, planner
 from ffjax.demo import CHECKED_STEPS, UNSHARDED, Run, agree, run_demo, verdict
 from ffjax.errors import FfjaxError
+from ffjax.strategies import all_strategies
+from ffjax.strategies.search import SearchResult
 from ffjax.targets import load_target, read_value
 
 PLAIN = """
@@ -231,6 +234,8 @@ PLAN_ERRORS = {
     "plain.py:train_step --cluster no.toml": "there is no cluster file 'no.toml'",
     "plain.py:train_step --cluster local --hosts 2": "leave --hosts and --devices-per-host out",
     "plain.py:train_step --out .": "is a directory",
+    "plain.py:train_step --pareto front.png": "Remedy: front.html",
+    "plain.py:train_step --pareto --verify": "leave --verify out",
     "plain.py:train_step --out plain.py/plan.json": "Remedy: give another --out",
 }
 
@@ -275,12 +280,73 @@ def test_explain_and_diff_read_saved_plans(run: Ffjax) -> None:
     assert "Remedy: search it again" in run("explain", "c.json").stderr
 
 
+def test_plan_prints_and_saves_the_front(run: Ffjax, here: Path) -> None:
+    asked = ["plan", "plain.py:train_step", "--cluster", "h100", "--mesh", "x=8"]
+    done = run(*asked, "--pareto")
+    assert done.exit_code == 0, done.output
+    assert "time against memory" in done.stdout
+    assert re.search(r"peak +step +mesh +strategy", done.stdout), done.stdout
+    done = run(*asked, "--pareto", "front.html", "--out", "plan.json")
+    assert "written to front.html" in done.stderr
+    assert "<svg" in Path("front.html").read_text()
+    assert ffjax.Plan.load("plan.json").mesh_shape == {"x": 8}
+    assert run(*asked, "--pareto", "front/", "--memory", "1KiB").exit_code == 0
+    assert {"front.csv", "front.html", "front.json"} < {file.name for file in (here / "front").iterdir()}
+
+
 def test_compare_shows_each_strategy_once(run: Ffjax) -> None:
     done = run("compare", "plain.py:train_step", "--cluster", "h100", "--mesh", "x=8")
     assert done.exit_code == 0, done.output
     for name in ("auto", "data_parallel", "fsdp", "tensor_parallel"):
         assert done.stdout.count(f"│ {name} ") == 1
-    assert "no use for these meshes: fsdp+tensor_parallel" in done.stdout
+    assert "fsdp+tensor_parallel has no use for these meshes" in done.stdout
+    assert "spatial is for programs that have convolutions" in done.stdout
+
+
+def test_compare_shows_what_does_not_fit_and_searches_once(run: Ffjax, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[str] = []
+    search = planner.search
+
+    def counting(*args: Any, **options: Any) -> SearchResult:
+        searches.append(options["strategy"])
+        return search(*args, **options)
+
+    monkeypatch.setattr(planner, "search", counting)
+    asked = ["compare", "plain.py:train_step", "--cluster", "h100", "--mesh", "x=8", "--memory", "1KiB"]
+    done = run(*asked)
+    assert done.exit_code == 0, done.output
+    assert searches == ["auto"]
+    assert re.search(r"│ data_parallel .*does not fit: needs \d+\.\d+KiB", done.stdout), done.stdout
+    assert re.search(r"│ auto .*does not fit: needs", done.stdout), done.stdout
+
+
+def test_compare_as_a_page_and_as_json(run: Ffjax) -> None:
+    done = run(
+        "compare", "plain.py:train_step", "--cluster", "h100", "--mesh", "x=8", "--json", "--pareto", "--html", "r.html"
+    )
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    assert content["budget_bytes"] == ffjax.Cluster.named("h100").device.memory_bytes
+    names = [row["strategy"] for row in content["strategies"]]
+    assert names[0] == "auto"
+    assert len(names) == len(set(names))
+    assert set(names) | set(content["unused"]) == {"auto", *(s.name for s in all_strategies())}
+    assert set(names).isdisjoint(content["unused"])
+    for row in content["strategies"]:
+        assert row["step_s"] == pytest.approx(row["compute_s"] + row["exposed_comm_s"])
+        assert row["step_s"] >= content["strategies"][0]["step_s"] * (1 - 1e-9)
+    assert content["pareto"]["points"]
+    page = Path("r.html").read_text()
+    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(plots) == 3
+    for plot in plots:
+        xml.dom.minidom.parseString(plot)
+    for name in names:
+        assert page.count(f">{name}<") >= 3
+    assert (
+        "Remedy: give another --html"
+        in run("compare", "plain.py:train_step", "--cluster", "h100", "--mesh", "x=8", "--html", "gone/r.html").stderr
+    )
 
 
 def test_devices_lists_what_is_here_and_what_is_shipped(run: Ffjax) -> None:

@@ -191,9 +191,10 @@ def test_explain_is_a_page_that_says_why() -> None:
         assert lines[0].startswith(f"step on {plan.devices} devices of {plan.cluster!r}, mesh {plan.mesh_shape}")
         headings = [line for line in lines[1:] if line and not line.startswith(" ")]
         assert headings == [
+            "what the step waits for, per device, and what more of it would save (this plan, simulated again)",
             "collectives of one step, per device",
             "arguments",
-            "what costs most, and the runner-up (all members of a family together)",
+            "what costs most, and the runner-up: what it would add to the step (all members of a family together)",
             "largest arrays alive at the peak",
             "the strategies, each on its best mesh",
         ]

@@ -5,9 +5,11 @@ Needs nothing beside itself: plots are inline SVG. Tasks narrower than a pixel a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
+
+from ffjax.cost.html_page import html_table, page
 
 if TYPE_CHECKING:
     from ffjax.cost.simulation.timeline import Interval, Timeline
@@ -17,29 +19,8 @@ WIDTH, LANE, MEMORY = 1200.0, 26.0, 160.0
 MOST_ENTRIES = 30
 _PIXEL = 1.0
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>ffjax: a simulated step</title>
-<style>
-body {{ font: 14px/1.5 system-ui, sans-serif; margin: 2em; color: #222; }}
-table {{ border-collapse: collapse; margin: 1em 0; }}
-th, td {{ text-align: left; padding: 2px 12px; border-bottom: 1px solid #ddd; }}
-td.n {{ text-align: right; font-variant-numeric: tabular-nums; }}
-svg {{ background: #fafafa; border: 1px solid #ddd; display: block; }}
-.task {{ fill: #8fb8de; }} .critical {{ fill: #d1495b; }} .loop {{ fill: #c9c9c9; }}
-.memory {{ fill: #e3eee0; stroke: #5a8f4e; }} text {{ font-size: 11px; }}
-</style>
-<h1>A simulated step: {step}</h1>
-<p>compute {compute}, communication {comm}, of which {exposed} exposed</p>
-<h2>Streams</h2>
-<p>Red: the critical path. Grey: further trips of a loop, each like the one before it.</p>
-{streams}
-{lanes}
-<h2>Memory, up to {peak}</h2>
-{memory}
-<h2>Critical path</h2>
-{path}
-</html>
-"""
+_STYLE = """.task { fill: #8fb8de; } .critical { fill: #d1495b; } .loop { fill: #c9c9c9; }
+.memory { fill: #e3eee0; stroke: #5a8f4e; }"""
 
 
 def to_html(timeline: Timeline) -> str:
@@ -50,28 +31,27 @@ def to_html(timeline: Timeline) -> str:
         for e in timeline.critical_path()[:MOST_ENTRIES]
     ]
     peak = max((size for _, size in timeline.memory), default=0.0)
-    return _PAGE.format(
-        step=_ms(timeline.step_s),
-        compute=_ms(timeline.compute_s),
-        comm=_ms(timeline.comm_s),
-        exposed=_ms(timeline.exposed_comm_s),
-        streams=_table(("stream", "busy", "exposed"), rows),
-        lanes=_lanes(timeline),
-        peak=f"{peak / 2**30:.3g} GiB",
-        memory=_memory(timeline, peak),
-        path=_table(("task", "stream", "count", "time", "of the step", "source"), path),
+    comm, exposed = _ms(timeline.comm_s), _ms(timeline.exposed_comm_s)
+    return page(
+        "ffjax: a simulated step",
+        [
+            f"<h1>A simulated step: {_ms(timeline.step_s)}</h1>",
+            f"<p>compute {_ms(timeline.compute_s)}, communication {comm}, of which {exposed} exposed</p>",
+            "<h2>Streams</h2>",
+            "<p>Red: the critical path. Grey: further trips of a loop, each like the one before it.</p>",
+            html_table(("stream", "busy", "exposed"), rows),
+            _lanes(timeline),
+            f"<h2>Memory, up to {peak / 2**30:.3g} GiB</h2>",
+            _memory(timeline, peak),
+            "<h2>Critical path</h2>",
+            html_table(("task", "stream", "count", "time", "of the step", "source"), path),
+        ],
+        _STYLE,
     )
 
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.4g} ms"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return "<table>" + line("th", header) + "\n".join(line("td", row) for row in rows) + "</table>"
 
 
 def _lanes(timeline: Timeline) -> str:

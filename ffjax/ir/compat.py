@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import debugging, source_info_util
+from jax._src import ad_checkpoint, debugging, source_info_util
 from jax._src.interpreters import partial_eval
 from jax._src.state import discharge
 from jax._src.state.types import AbstractRef
@@ -57,17 +59,77 @@ def without_references(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
 
 def _has_references(jaxpr: core.Jaxpr) -> bool:
+    return _any_equation(jaxpr, lambda e: any(isinstance(v.aval, AbstractRef) for v in e.outvars))
+
+
+def _any_equation(jaxpr: core.Jaxpr, test: Callable[[core.JaxprEqn], bool]) -> bool:
+    """Whether an equation of the program, or of a program inside one of its equations, passes."""
+
     def inner(param: object) -> bool:
         if isinstance(param, core.ClosedJaxpr):
-            return _has_references(param.jaxpr)
+            return _any_equation(param.jaxpr, test)
         if isinstance(param, core.Jaxpr):
-            return _has_references(param)
+            return _any_equation(param, test)
         return isinstance(param, tuple) and any(inner(p) for p in param)
 
     return any(
-        any(isinstance(v.aval, AbstractRef) for v in e.outvars) or any(inner(p) for p in e.params.values())
-        for e in jaxpr.eqns
-        if e.primitive.name != "pallas_call"
+        test(e) or any(inner(p) for p in e.params.values()) for e in jaxpr.eqns if e.primitive.name != "pallas_call"
+    )
+
+
+AS_WRITTEN = "as written"
+OFF = "off"
+CHECKPOINT_POLICIES: Mapping[str, Callable[..., object] | None] = {
+    OFF: None,
+    **{
+        name: getattr(jax.checkpoint_policies, name)
+        for name in ("dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable")
+    },
+}
+"""What the `jax.checkpoint` regions of a program can be traced under in place of their own policies; most saved first.
+
+`"off"` is the program without the regions.
+"""
+
+# Part of the keys of JAX's caches, so that nothing traced under one policy is used again under another.
+_policy = jax.make_user_context(default_value=AS_WRITTEN)
+_bind_checkpoint = ad_checkpoint.remat_p.bind
+_rebinding = threading.RLock()
+
+
+def _bind_under_policy(
+    *args: jax.Array, jaxpr: core.Jaxpr, policy: object, prevent_cse: object, differentiated: bool
+) -> list[jax.Array]:
+    name = _policy.value
+    if name == OFF:
+        return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*args))
+    policy = CHECKPOINT_POLICIES.get(name, policy)  # other threads trace as written
+    params = {"jaxpr": jaxpr, "policy": policy, "prevent_cse": prevent_cse, "differentiated": differentiated}
+    return list(_bind_checkpoint(*args, **params))  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def checkpoint_policy(name: str) -> Iterator[None]:
+    """A context in which what is traced has all its `jax.checkpoint` regions under one of `CHECKPOINT_POLICIES`.
+
+    `"as written"` changes nothing. Only the policies are replaced; regions and their `prevent_cse` stay.
+    """
+    if name == AS_WRITTEN:
+        yield
+        return
+    with _rebinding, _policy(name):
+        before = ad_checkpoint.remat_p.bind
+        ad_checkpoint.remat_p.bind = _bind_under_policy  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            ad_checkpoint.remat_p.bind = before  # type: ignore[method-assign]
+
+
+def has_checkpoints(closed: core.ClosedJaxpr) -> bool:
+    """Whether `jax.checkpoint` regions are differentiated in a program, so that their policies decide what is kept."""
+    return _any_equation(
+        closed.jaxpr, lambda e: e.primitive is ad_checkpoint.remat_p and bool(e.params["differentiated"])
     )
 
 

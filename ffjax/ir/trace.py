@@ -18,7 +18,7 @@ import numpy as np
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
 from ffjax.errors import TraceError
-from ffjax.ir.compat import Jaxpr, without_references
+from ffjax.ir.compat import AS_WRITTEN, Jaxpr, checkpoint_policy, has_checkpoints, without_references
 from ffjax.ir.inline import Array, inline
 
 _LIBRARIES = (str(Path(jax.__file__).parent), str(Path(__file__).parents[1]))
@@ -53,6 +53,10 @@ class Program:
     donated: tuple[bool, ...]
     ties: tuple[tuple[int, int], ...]
     """Pairs (argument leaf, result leaf) where the result is the next step's argument."""
+    remat: str = AS_WRITTEN
+    """The policy that its `jax.checkpoint` regions were traced under."""
+    checkpoints: bool = False
+    """Whether it has such regions, so that it is another program under another policy."""
 
 
 def trace(
@@ -62,6 +66,7 @@ def trace(
     *,
     static_argnums: tuple[int, ...] = (),
     donate_argnums: tuple[int, ...] = (),
+    remat: str = AS_WRITTEN,
 ) -> Program:
     """Traces `fn` at its arguments, which may be arrays or `jax.ShapeDtypeStruct`.
 
@@ -70,6 +75,7 @@ def trace(
       args: positional arguments; those of `static_argnums` are passed as they are.
       kwargs: keyword arguments, all traced.
       static_argnums, donate_argnums: as in `jax.jit`; all of them non-negative.
+      remat: what to trace `jax.checkpoint` regions under: `"as written"`, or a key of `CHECKPOINT_POLICIES`.
 
     Raises:
       TraceError: when the function cannot be traced; says what JAX said and where.
@@ -97,7 +103,8 @@ def trace(
 
     flat_fn.__name__ = fn_name
     try:
-        closed = jax.jit(flat_fn).trace(*avals).jaxpr
+        with checkpoint_policy(remat):
+            closed = jax.jit(flat_fn).trace(*avals).jaxpr
     except (TypeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise TraceError(_untraceable(fn_name, error, paths)) from error
     if len(closed.jaxpr.invars) != len(avals) or any(isinstance(c, jax.core.Tracer) for c in closed.consts):
@@ -123,6 +130,8 @@ def trace(
         out_tree=out_tree[0],
         donated=tuple(leaf.root in donated_names for leaf in arg_leaves),
         ties=find_ties(arg_leaves, result_leaves, donated_names),
+        remat=remat,
+        checkpoints=has_checkpoints(closed),
     )
 
 

@@ -151,7 +151,7 @@ class _Frontier:
     def _extended(self, node: int) -> Floats:
         """Every way with every candidate of a node: what that can become at least."""
         theta = self.theta[node]
-        below = self.below_s[:, None] + (theta - theta.min())
+        below: Floats = self.below_s[:, None] + (theta - theta.min())
         for pair in self.pairs[node]:
             makes = pair.source == node
             other, slack = (pair.target, pair.slack) if makes else (pair.source, pair.slack.T)

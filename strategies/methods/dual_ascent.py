@@ -233,16 +233,16 @@ class Ascent:
             cost = np.zeros(len(theta))
             for pair in done:
                 if pair.source == node:
-                    spare = pair.slack.min(axis=1)
+                    spare = np.minimum.reduce(pair.slack, axis=1)
                     pair.slack -= spare[:, None]
                     theta += spare[pair.row_of]
                     cost += pair.slack[:, pair.column_of[choice[pair.target]]][pair.row_of]
                 else:
-                    spare = pair.slack.min(axis=0)
+                    spare = np.minimum.reduce(pair.slack, axis=0)
                     pair.slack -= spare
                     theta += spare[pair.column_of]
                     cost += pair.slack[pair.row_of[choice[pair.source]]][pair.column_of]
-            choice[node] = int(np.argmin(theta + cost))
+            choice[node] = int((theta + cost).argmin())
             if not coming:
                 continue
             part = theta / max(len(done), len(coming))
@@ -264,7 +264,7 @@ class Ascent:
             spare_of = []
             spare, short, readers = np.zeros(shape), np.zeros(shape), np.zeros(shape)
             for pair in pairs:
-                mine = np.minimum(pair.share, pair.slack - pair.slack.min())
+                mine = np.minimum(pair.share, pair.slack - np.minimum.reduce(pair.slack, axis=None))
                 spare_of.append(mine)
                 spare[:, pair.columns] += mine
                 short[:, pair.columns] += mine <= _EPSILON
@@ -277,7 +277,8 @@ class Ascent:
                 pair.slack += change
 
     def _bound(self) -> float:
-        return sum(float(t.min()) for t in self.theta) + sum(float(p.slack.min()) for p in self.pairs)
+        nodes = sum(float(np.minimum.reduce(t)) for t in self.theta)
+        return nodes + sum(float(np.minimum.reduce(p.slack, axis=None)) for p in self.pairs)
 
     def finite(self, seconds: Floats) -> Floats:
         return np.where(np.isfinite(seconds), seconds, self._forbidden_s)

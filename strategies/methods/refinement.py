@@ -20,7 +20,9 @@ from ffjax.strategies.methods.dual_ascent import Ascent
 from ffjax.strategies.methods.moves import Moves
 from ffjax.strategies.problem import Problem, assignments
 
-PROPOSALS = 64
+_LEAST, _MOST = 16, 200
+_OPS = 400_000
+"""Proposals: so many ops are simulated in all, within limits. A longer program takes longer to simulate."""
 _DOUBTFUL = 0.02
 """Candidates that would cost the sum a share of the step as large as this are drawn 1/e times as often as the best."""
 _DRAWS = 50
@@ -39,7 +41,7 @@ class Refinement:
     Args:
       simulator: of the problem's program on its mesh.
       fits: whether a choice fits into memory; None where all do.
-      proposals: how many plans are simulated.
+      proposals: how many plans are simulated; by default fewer for longer programs.
     """
 
     name = "refinement"
@@ -49,12 +51,13 @@ class Refinement:
         simulator: Simulator,
         fits: Fits | None = None,
         *,
-        proposals: int = PROPOSALS,
+        proposals: int | None = None,
         seed: int = 0,
     ) -> None:
         self.simulator = simulator
         self.fits = fits
-        self.proposals = proposals
+        ops = len(simulator.regions.graph.ops)
+        self.proposals = max(_LEAST, min(_MOST, _OPS // ops)) if proposals is None else proposals
         self.seed = seed
 
     def solve(self, problem: Problem, starts: Sequence[Sequence[int]] = ()) -> Solution | None:
