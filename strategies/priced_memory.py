@@ -48,6 +48,8 @@ def solve_within(
 ) -> Fit | None:
     """The fastest solution that fits, or one of nearly least peak memory (`fits` is False); None if there is none.
 
+    Memory is priced under the program's schedule; if `thorough`, what nearly fills the budget fits under its own, too.
+
     Args:
       problem: on one mesh.
       budget_bytes: what one device may hold.
@@ -62,8 +64,10 @@ def solve_within(
     found = fit_of(problem, solution, budget_bytes, memory)
     if not found.fits:
         found = _solve_priced(Priced(problem, budget_bytes, memory, times, solver, found), thorough)
-    own = scheduled_peak(found.layout, budget_bytes, memory) if found.fits else found.peak
-    if own.bytes <= budget_bytes or not found.fits:
+    if not found.fits or not thorough:
+        return found
+    own = scheduled_peak(found.layout, budget_bytes, memory)
+    if own.bytes <= budget_bytes:
         return dataclasses.replace(found, peak=own)
     # Its own collectives keep more alive than the program's schedule knows: let that take so much less.
     target = budget_bytes * found.peak.bytes / own.bytes

@@ -174,7 +174,11 @@ def search(
     if not found:
         raise ValueError(f"no candidate is left for strategy {strategy!r} on any mesh; loosen the pins")
     fitting = [f for f in found if f.fits]
-    best = min(fitting, key=lambda f: f.predicted_s) if fitting else min(found, key=lambda f: f.peak.bytes)
+    ranked = sorted(fitting, key=lambda f: f.predicted_s)
+    best = next(
+        (f for f in ranked if scheduled_peak(f.layout, budget_bytes, search_.memory).bytes <= budget_bytes), None
+    )
+    best = best or min(found, key=lambda f: f.peak.bytes)
     free = next((f for f in found if f.strategy == AUTO and f.mesh == best.mesh), None)
     if best.strategy != AUTO and free is not None:
         # What was proved of the strategy alone is little: what counts is the whole space.
@@ -304,7 +308,7 @@ class Session:
             return []
         method = Refinement(
             self.simulator(start.mesh),
-            lambda c: self._peak(layout_of(problem, c)).bytes <= self.budget_bytes,
+            lambda c: self.memory.peak(layout_of(problem, c)).bytes <= self.budget_bytes,
         )
         solution = method.solve(problem, [choice])
         if solution is None or solution.choice == choice:
@@ -314,7 +318,7 @@ class Session:
             dataclasses.replace(
                 free,
                 step_s=total_seconds(problem, solution.choice),
-                peak=self._peak(layout),
+                peak=self.memory.peak(layout),
                 fits=True,
                 algorithm=f"{free.algorithm}, {method.name}",
                 seconds=time.perf_counter() - began,
@@ -366,9 +370,6 @@ class Session:
             free=fit.free,
             simulated=self.simulated(fit.layout) if fit.fits and self.cluster.async_collectives else None,
         )
-
-    def _peak(self, layout: Layout) -> Peak:
-        return scheduled_peak(layout, self.budget_bytes, self.memory)
 
     def simulated(self, layout: Layout) -> Simulated:
         return self.simulator(layout.mesh).run(layout.assignments)

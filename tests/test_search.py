@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffjax.cost.cluster import Cluster
+from ffjax.cost.compilers import compiler_of
 from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.memory import MemoryModel
 from ffjax.ir.regions import Regions
@@ -73,6 +74,25 @@ def test_a_restricted_problem_prices_choices_alike(picks: list[Pick], mesh: Mesh
         whole = tuple(keep[c] for keep, c in zip(kept, choice, strict=True))
         assert total_seconds(small, choice) == pytest.approx(total_seconds(problem, whole), rel=1e-9)
         assert choice_of(problem, assignments(problem, whole)) == whole
+
+
+@quick
+@given(picks=programs, mesh=meshes, share=st.floats(0.0, 1.0))
+def test_what_fits_does_so_under_its_own_schedule(picks: list[Pick], mesh: MeshShape, share: float) -> None:
+    """On GPUs a layout's collectives decide the order of the step, and so the peak."""
+    problem = small_problem(picks, mesh)
+    regions = problem.regions
+    memory = MemoryModel(regions, lifetimes(regions.graph, compiler_of("gpu")), family_keys(regions))
+    layouts = [layout_of(problem, c) for c in choices(problem)]
+    peaks = [memory.under(layout).peak(layout).bytes for layout in layouts]
+    budget = min(peaks) + share * (max(peaks) - min(peaks))
+    fit = solve_within(problem, budget, memory, memory.times, Solver())
+    ample = solve_within(problem, max(peaks) * 2, memory, memory.times, Solver())
+    assert fit is not None
+    assert ample is not None
+    assert ample.fits
+    if fit.fits:
+        assert memory.under(fit.layout).peak(fit.layout).bytes <= budget
 
 
 @quick
