@@ -5,7 +5,7 @@ A bound at all instants would be as long as the program. Only a few instants eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,20 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Dims
 from ffjax.ir.spec import shard_count
 from ffjax.strategies.methods.base import Solution
-from ffjax.strategies.methods.ilp import Instant
 from ffjax.strategies.problem import Problem, assignments
 
 _NEAR = 0.8
 """Up to this share of the budget any schedule fits: those of layouts differ from the program's by less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """A moment of the step: bytes in memory per candidate and per copy made for a consumer."""
+
+    node_bytes: Mapping[int, NDArray[np.float64]]
+    copy_bytes: Mapping[int, NDArray[np.float64]]
+    """By transfer: the bytes of its copy in each column."""
+    fixed_bytes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +71,7 @@ def scheduled_peak(layout: Layout, budget_bytes: float, memory: MemoryModel) -> 
     return memory.under(layout).peak(layout) if budget_bytes * _NEAR < most.bytes else most
 
 
-def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) -> Instant:
+def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
     """What is in memory at one instant, as a function of the candidates: never less than `MemoryModel` says.
 
     More where a value is read elsewhere only as a copy: here it stays until that is read for the last time.
@@ -114,7 +123,7 @@ def instant(problem: Problem, times: Lifetimes, at: int, budget_bytes: float) ->
             if times.compiler.copies_gathered:
                 size += float(taken[[member[0] for member in alive if member in gathered]].sum())
             copy_bytes[index] = size / shards
-    return Instant(node_bytes=node_bytes, copy_bytes=copy_bytes, fixed_bytes=fixed, budget_bytes=budget_bytes)
+    return Instant(node_bytes=node_bytes, copy_bytes=copy_bytes, fixed_bytes=fixed)
 
 
 def _add_sums(

@@ -19,8 +19,7 @@ import numpy as np
 
 from ffjax.cost.lifetimes import Lifetimes
 from ffjax.cost.memory import MemoryModel
-from ffjax.strategies.budget import Fit, fit_of, instant, scheduled_peak
-from ffjax.strategies.methods.ilp import Instant
+from ffjax.strategies.budget import Fit, Instant, fit_of, instant, scheduled_peak
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.problem import Problem, total_seconds
 
@@ -134,7 +133,7 @@ class Priced:
     def _play(self, at: int) -> None:
         self._played[at] += 1
         if at not in self._instants:
-            self._instants[at] = instant(self.problem, self.times, at, self.budget_bytes)
+            self._instants[at] = instant(self.problem, self.times, at)
 
 
 def _solve_priced(prices: Priced, thorough: bool) -> Fit:

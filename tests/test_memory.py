@@ -222,7 +222,7 @@ def test_peaks_and_instants_agree_with_a_recount(
         assert found.bytes == pytest.approx(recount(layout, times))
         assert found.bytes >= sum(size for _, size in found.live) * (1 - 1e-9)
         # The solver's view of that instant: never less, so that what it fits into a budget does fit.
-        entry = instant(problem, times, found.instant, 1.0)
+        entry = instant(problem, times, found.instant)
         total = entry.fixed_bytes + sum(sizes[choice[node]] for node, sizes in entry.node_bytes.items())
         for index, sizes in entry.copy_bytes.items():
             transfer = problem.transfers[index]

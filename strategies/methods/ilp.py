@@ -10,7 +10,6 @@ Variables
                 sum_j e[t, k, r, j] = sum_{c: row(c) = r} x[source, c]          made as the source makes it
                 sum_r e[t, k, r, j] = sum_{c: column(c) = j} x[consumer, c]     read as the consumer needs it
                 m[t, r, j] >= e[t, k, r, j]                                     one resharding serves all who need it
-                sum live bytes <= budget                                        at each instant asked for
 
 A transfer with one consumer has m = e. The polytope of e given x is that of a transportation problem, which makes the
 relaxation tight (Alpa, OSDI 2022, section 4.2, linearises the same products pair by pair).
@@ -20,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import highspy
@@ -33,17 +32,6 @@ from ffjax.strategies.problem import Problem, total_seconds
 Floats = NDArray[np.float64]
 _SCALE = 1e6
 """The objective in microseconds: HiGHS's tolerances are absolute."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instant:
-    """A moment of the step at which memory is bounded: bytes per candidate and per copy made for a consumer."""
-
-    node_bytes: Mapping[int, Floats]
-    copy_bytes: Mapping[int, Floats]
-    """By transfer: the bytes of its copy in each column."""
-    fixed_bytes: float
-    budget_bytes: float
 
 
 @dataclass(slots=True)
@@ -92,10 +80,8 @@ class Exact:
         )
 
 
-def solve(
-    problem: Problem, *, instants: Sequence[Instant] = (), time_limit_s: float = 60.0, gap: float = 1e-4
-) -> Solution | None:
-    """The best choice of candidates, or None if no choice fits the instants' budgets."""
+def solve(problem: Problem, *, time_limit_s: float = 60.0, gap: float = 1e-4) -> Solution | None:
+    """The best choice of candidates that is found in the time, or None."""
     began = time.perf_counter()
     costs: list[float] = []
     integral: list[bool] = []
@@ -108,14 +94,11 @@ def solve(
         integral += [len(node.candidates) > 1] * len(node.candidates)
         upper += [1.0] * len(node.candidates)
         rows.add(range(first[-1], len(costs)), [1.0] * len(node.candidates), 1.0, 1.0)
-    moved: list[int] = []
-    copied = {index for instant in instants for index in instant.copy_bytes}
-    for index, transfer in enumerate(problem.transfers):
+    for transfer in problem.transfers:
         n, m = transfer.seconds.shape
         size = n * m
         shared = len(transfer.consumers) > 1
         base = len(costs)
-        moved.append(base)
         possible = np.isfinite(transfer.seconds).ravel()
         costs += np.where(possible, transfer.seconds.ravel() * _SCALE, 0.0).tolist()
         integral += [False] * size
@@ -127,9 +110,8 @@ def solve(
                 costs += [0.0] * size
                 integral += [False] * size
                 upper += [1.0] * size
-                # Infinite ones too: m is bounded by 0 there. One that costs no time may still cost memory.
-                linked = np.flatnonzero(transfer.seconds.ravel() > 0) if index not in copied else range(size)
-                for i in linked:
+                # Infinite ones too: m is bounded by 0 there.
+                for i in np.flatnonzero(transfer.seconds.ravel() > 0):
                     rows.add([base + int(i), start + int(i)], [1.0, -1.0], 0.0, highspy.kHighsInf)
             for r in range(n):
                 made = first[transfer.source] + np.flatnonzero(transfer.row_of == r)
@@ -139,8 +121,6 @@ def solve(
                 needed = first[consumer.node] + np.flatnonzero(consumer.column_of == j)
                 cells = range(start + j, start + size, m)
                 rows.add([*cells, *needed.tolist()], [1.0] * n + [-1.0] * len(needed), 0.0, 0.0)
-    for instant in instants:
-        _bound_memory(problem, instant, rows, first, moved)
 
     highs = highspy.Highs()  # type: ignore[no-untyped-call]
     highs.silent()
@@ -179,21 +159,3 @@ def solve(
         status=highs.modelStatusToString(status).lower(),
         seconds=seconds,
     )
-
-
-def _bound_memory(problem: Problem, instant: Instant, rows: _Rows, first: list[int], moved: list[int]) -> None:
-    """Live bytes at one instant, in units of the budget so that the row is well scaled."""
-    columns: list[int] = []
-    values: list[float] = []
-    for node, sizes in instant.node_bytes.items():
-        columns += range(first[node], first[node] + len(sizes))
-        values += (sizes / instant.budget_bytes).tolist()
-    for index, sizes in instant.copy_bytes.items():
-        transfer = problem.transfers[index]
-        n, m = transfer.seconds.shape
-        for r in range(n):
-            for j in range(m):
-                if transfer.rows[r] != transfer.columns[j] and sizes[j] > 0:
-                    columns.append(moved[index] + r * m + j)
-                    values.append(float(sizes[j]) / instant.budget_bytes)
-    rows.add(columns, values, -highspy.kHighsInf, 1.0 - instant.fixed_bytes / instant.budget_bytes)
