@@ -20,7 +20,7 @@ from zoo_search import cluster_of
 
 from ffjax.plan import Competitor
 from ffjax.planner import plan_program, trace_step
-from ffjax.strategies.search import AUTO
+from ffjax.strategies.session import AUTO
 from ffjax.verifying import verify
 
 CASES = {

@@ -29,7 +29,8 @@ from ffjax.ir.trace import Program, function_name
 from ffjax.plan import Plan
 from ffjax.planner import NEVER, bind_program, plan_program
 from ffjax.remat import alternatives, check_remat, trace_call, under
-from ffjax.strategies.search import AUTO, Progress
+from ffjax.strategies.search import Progress
+from ffjax.strategies.session import AUTO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

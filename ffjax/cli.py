@@ -31,7 +31,7 @@ from ffjax.pareto import front_of
 from ffjax.pareto import writer as front_writer
 from ffjax.plan import Plan
 from ffjax.remat import SEARCH
-from ffjax.strategies.search import AUTO
+from ffjax.strategies.session import AUTO
 from ffjax.targets import load_target
 from ffjax.units import bytes_text, seconds_text
 

@@ -17,7 +17,8 @@ from ffjax.cost.estimate import estimate
 from ffjax.cost.html_page import html_table, page
 from ffjax.pareto import Front, front_of
 from ffjax.planner import ProgramSearch
-from ffjax.strategies.search import AUTO, Found, SearchResult
+from ffjax.strategies.search import SearchResult
+from ffjax.strategies.session import AUTO, Found
 from ffjax.units import amount, bytes_text, seconds_text
 
 HEADER = ("strategy", "mesh", "step", "compute", "exposed communication", "peak", "")

@@ -21,7 +21,7 @@ from ffjax.cost.hlo.collectives import collectives_of, peak_bytes
 from ffjax.errors import FfjaxError
 from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
 from ffjax.plan import Plan
-from ffjax.strategies.search import AUTO
+from ffjax.strategies.session import AUTO
 from ffjax.targets import missing_remedy
 from ffjax.testing import fake_devices
 from ffjax.units import bytes_text, seconds_text

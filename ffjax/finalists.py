@@ -10,7 +10,8 @@ from typing import TypeAlias
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import BudgetError
 from ffjax.plan import Finalist, Plan
-from ffjax.strategies.search import Found, Progress, SearchResult
+from ffjax.strategies.search import Progress, SearchResult
+from ffjax.strategies.session import Found
 from ffjax.units import amount, bytes_text
 from ffjax.verifying import Verification, devices_for, verify
 

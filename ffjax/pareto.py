@@ -24,7 +24,8 @@ from ffjax.inputs import warn_if_batch_is_whole
 from ffjax.plan import Plan
 from ffjax.planner import Pins, ProgramSearch, trace_step
 from ffjax.strategies.pareto import pareto_front
-from ffjax.strategies.search import AUTO, Progress, SearchResult
+from ffjax.strategies.search import Progress, SearchResult
+from ffjax.strategies.session import AUTO
 from ffjax.units import amount, bytes_text, seconds_text
 
 GIB = 2**30

@@ -22,7 +22,8 @@ from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
 from ffjax.strategies.families import members
 from ffjax.strategies.problem import total_seconds
 from ffjax.strategies.runner_up import RunnerUp, runners_up
-from ffjax.strategies.search import AUTO, Found, SearchResult
+from ffjax.strategies.search import SearchResult
+from ffjax.strategies.session import AUTO, Found
 
 _MOST_LARGER = 4
 """Plans that do not fit, the fastest if nothing overlapped, that are simulated to say what more memory would change."""

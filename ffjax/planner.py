@@ -30,7 +30,8 @@ from ffjax.plan_report import plan_of, subject
 from ffjax.remat import alternatives, trace_call
 from ffjax.strategies.candidates import is_candidate
 from ffjax.strategies.families import family_keys, members
-from ffjax.strategies.search import AUTO, MOST_AXES, Found, Progress, SearchResult, search
+from ffjax.strategies.search import MOST_AXES, Progress, SearchResult, search
+from ffjax.strategies.session import AUTO, Found
 
 Pins = Mapping[str, PartitionSpec]
 NEVER, FINALISTS = "never", "finalists"

@@ -18,7 +18,8 @@ from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import observed, overlapped
 from ffjax.strategies.priced_memory import BYTES_ALONE, CHEAPEST, DEAREST, Priced
 from ffjax.strategies.problem import Problem, choice_of, total_seconds
-from ffjax.strategies.search import AUTO, Found, Progress, SearchResult
+from ffjax.strategies.search import Progress, SearchResult
+from ffjax.strategies.session import AUTO, Found
 
 SOLVES = 24
 """How often at most a rectangle is halved, on all meshes together."""

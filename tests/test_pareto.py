@@ -27,7 +27,8 @@ from ffjax.pareto import Front
 from ffjax.plan import Plan
 from ffjax.planner import ProgramSearch, trace_step
 from ffjax.strategies.pareto import non_dominated, pareto_front
-from ffjax.strategies.search import Found, SearchResult
+from ffjax.strategies.search import SearchResult
+from ffjax.strategies.session import Found
 
 H100S = Cluster.named("h100", devices_per_host=4)
 

@@ -24,7 +24,8 @@ from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import all_hidden, overlapped
 from ffjax.strategies.priced_memory import solve_within
 from ffjax.strategies.problem import assignments, choice_of, restrict, total_seconds
-from ffjax.strategies.search import AUTO, search
+from ffjax.strategies.search import search
+from ffjax.strategies.session import AUTO
 from tests.random_programs import Pick
 from tests.small_problems import choices, meshes, programs, quick, regions_of, small_problem
 
