@@ -101,7 +101,7 @@ def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
     node_bytes: dict[int, NDArray[np.float64]] = {}
     for (node, dims, scatters), size in by_dims.items():
         share = size / _home_splits(problem, node, dims, scatters=scatters)
-        node_bytes[node] = node_bytes[node] + share if node in node_bytes else share
+        _add(node_bytes, node, share)
     _add_sums(problem, times, taken, at, node_bytes)
     _add_edges(problem, times, taken, at, node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
@@ -124,6 +124,10 @@ def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
                 size += float(taken[[member[0] for member in alive if member in gathered]].sum())
             copy_bytes[index] = size / shards
     return Instant(node_bytes=node_bytes, copy_bytes=copy_bytes, fixed_bytes=fixed)
+
+
+def _add(node_bytes: dict[int, NDArray[np.float64]], node: int, sizes: NDArray[np.float64]) -> None:
+    node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
 
 
 def _add_sums(
@@ -149,7 +153,7 @@ def _add_sums(
         if not copies.any():
             continue
         sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
-        node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
+        _add(node_bytes, node, sizes)
 
 
 def _add_edges(
@@ -172,7 +176,7 @@ def _add_edges(
             spec = spec_of(image, region.sizes, candidate, mesh)
             if spec is not None and exchanges(op.eqn, spec, mesh, 1.0):
                 sizes[index] = taken[op.operands[found[0].operand]] / shard_count(spec, mesh)
-        node_bytes[node] = node_bytes[node] + sizes if node in node_bytes else sizes
+        _add(node_bytes, node, sizes)
 
 
 def _home_splits(problem: Problem, node: int, dims: Dims, *, scatters: bool) -> NDArray[np.float64]:
