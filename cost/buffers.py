@@ -1,6 +1,6 @@
 """Which values are in memory, rather than inside a fusion, under one compiler.
 
-`ffjax.cost.kernels.materialised` says what any compiler has to keep; compilers differ in what else they store rather
+`ffjax.cost.fusion.materialised` says what any compiler has to keep; compilers differ in what else they store rather
 than compute again, and in what they compute as they read it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ffjax.cost.compilers import Compiler
-from ffjax.cost.kernels import fusible_ops, materialised
+from ffjax.cost.fusion import fusible_ops, materialised
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.op_kinds import is_reduction
 
