@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ffjax.cost.kernels import is_outer_product
 from ffjax.cost.latency_hiding import LOOP, Node, schedule
 from ffjax.cost.moves import Move
 from ffjax.ir.graph import NO_VALUE, Graph, Op
@@ -43,7 +44,7 @@ class Body:
         total = self.fill + self.count
         self.step_of = {op: i for i, items in enumerate(steps) for op in items if op >= 0}
         self.single = [graph.ops[items[0]] if len(items) == 1 else None for items in steps]
-        self.light = [op is not None and is_light(op) for op in self.single]
+        self.light = [op is not None and (is_light(op) or is_outer_product(op)) for op in self.single]
         self.reduces = [op is not None and is_reduction(op) for op in self.single]
         self.passes_twice = [op is not None and is_reduction(op) and not _in_rows(graph, op) for op in self.single]
         self.runs = [

@@ -145,7 +145,8 @@ def lifetimes(
         untils[op.id] = until
         for value in op.operands:
             if value != NO_VALUE:
-                last[value] = max(last[value], until)
+                # Who reads a copy needs the original no longer than it takes to make that.
+                last[value] = max(last[value], min(until, copies.get((value, op.id), (0, until))[1]))
                 first_read[value] = min(first_read[value], when[op.id])
     donated = _donated(graph)
     replaced = _replaced(graph)
