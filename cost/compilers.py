@@ -48,8 +48,9 @@ class Compiler:
     """Reduce-scatters are combined up to so many bytes of results; what they reduce waits for the last of them."""
     fragmentation: float = 0.0
     """Bytes lost between temporaries, as a share of them."""
-    results_apart: float = 0.0
-    """The share of the buffers of new results in which temporaries do not fit before the results are there."""
+    results_apart: bool = False
+    """A result that replaces no argument has memory of its own from the start; until it is there, temporaries that are
+    no larger use that, one at a time."""
 
 
 XLA_CPU = Compiler(
@@ -62,7 +63,7 @@ XLA_CPU = Compiler(
     slices_reductions=True,
     copies_gathered=True,
     fragmentation=0.02,
-    results_apart=0.35,
+    results_apart=True,
 )
 XLA_GPU = Compiler(
     runs_late=True,
@@ -75,7 +76,7 @@ XLA_GPU = Compiler(
     pads_convolutions=True,
     combined_bytes=30 * 2**20,  # xla_gpu_reduce_scatter_combine_threshold_bytes
     fragmentation=0.02,
-    results_apart=0.35,
+    results_apart=True,
 )
 TO_THE_LETTER = Compiler()
 

@@ -93,8 +93,9 @@ def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
 
     for value in np.flatnonzero((times.first <= at) & (at <= times.last)).tolist():
         hold(value, float(taken[value]))
-    for value in times.new_results[at < times.first[times.new_results]].tolist():
-        hold(value, float(taken[value]) * times.compiler.results_apart)
+    if times.compiler.results_apart:
+        for value in times.new_results[at < times.first[times.new_results]].tolist():
+            hold(value, float(taken[value]))
     for value, since, until, larger in times.copied:
         if since <= at <= until:
             hold(value, float(taken[value]) * larger)
