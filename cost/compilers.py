@@ -16,7 +16,9 @@ class Compiler:
     """How one compiler schedules, fuses and allocates. The defaults follow the program to the letter."""
 
     runs_late: bool = False
-    """Ops run as late as their readers allow, rather than in the order of the program."""
+    """Ops run as late as their readers allow (`ffjax.cost.latency_hiding`), rather than in the order of the program."""
+    runs_early: bool = False
+    """Ops run as soon as what they read is there, in the order of how many come before (`ffjax.cost.breadth_first`)."""
     merges_remat: bool = False
     """Recomputation outside of loops is merged with the original: the barrier is dropped before common subexpressions
     are eliminated."""
@@ -54,6 +56,7 @@ class Compiler:
 
 
 XLA_CPU = Compiler(
+    runs_early=True,
     merges_remat=True,
     keeps_expensive=True,
     keeps_shared=True,

@@ -19,7 +19,7 @@ from ffjax.cost.buffers import buffered, fused_gathers, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
 from ffjax.cost.merged_remat import merge_remat
 from ffjax.cost.moves import Move
-from ffjax.cost.order import as_written, from_the_end, scope_spans
+from ffjax.cost.order import as_written, scheduled, scope_spans
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.op_kinds import is_reduction
 
@@ -107,8 +107,8 @@ def lifetimes(
             maps = fused_gathers(graph, maps)
         fused = Fused(maps=maps, in_memory=buffered(graph, compiler, maps))
     maps, in_memory = fused.maps, fused.in_memory
-    if compiler.runs_late:
-        runs, under_way, filled = from_the_end(graph, in_memory, moves)
+    if compiler.runs_late or compiler.runs_early:
+        runs, under_way, filled = scheduled(graph, in_memory, moves, from_the_end=compiler.runs_late)
     else:
         runs, under_way, filled = as_written(graph), np.zeros((0, 2), dtype=np.int64), {}
     sums: dict[int, tuple[int, int]] = {}

@@ -109,7 +109,7 @@ class MemoryModel:
     def under(self, layout: Layout) -> MemoryModel:
         """The model with the schedule that the compiler makes for a layout's collectives."""
         compiler = self.times.compiler
-        if not compiler.runs_late:
+        if not (compiler.runs_late or compiler.runs_early):
             return self
         times = lifetimes(self.graph, compiler, moves_of(layout, compiler), self.times.fused)
         return MemoryModel(self.regions, times, self.keys)
