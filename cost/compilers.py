@@ -44,6 +44,8 @@ class Compiler:
     """An elementwise kernel writes over an operand of its size that it is the last to read."""
     copies_updated: bool = False
     """A donated argument whose update transposes is copied before it is read for the first time."""
+    broadcasts_for_sums: bool = False
+    """Sums of products are a library's, which takes whole arrays: what is broadcast for one is stored broadcast."""
     pads_convolutions: bool = False
     """A convolution reads a padded copy of an image that it pads more on one side than on the other."""
     combined_bytes: float = 0.0
@@ -65,6 +67,7 @@ XLA_CPU = Compiler(
     reduces_out_of_place=True,
     slices_reductions=True,
     copies_gathered=True,
+    broadcasts_for_sums=True,
     fragmentation=0.02,
     results_apart=True,
 )
