@@ -74,13 +74,20 @@ class Lifetimes:
             taken[value] = self.graph.values[value].bytes
         return taken
 
-    def summing(self, value: int, *, scattered: bool) -> tuple[int, int]:
-        """From when to when a value's partial sums are in memory beside the value."""
+    def partial_sums(self, value: int, *, scattered: bool) -> list[tuple[int, int]]:
+        """From when to when a value's partial sums are in memory beside the value, and what else their sum takes."""
         made = int(self.when[self.graph.values[value].producer])
         start, end = self.sums.get(value, (made + 1, made + 1))
-        if value in self.scattered and not scattered:
-            return min(made + 1, self.filled.get(value, made + 1)), end - 1
-        return min(made, self.filled.get(value, made)) if scattered else max(made, start - 1), max(made, end - 1)
+        while_summed = (max(made, start - 1), max(made, end - 1))
+        if scattered:
+            since = min(made, self.filled.get(value, made))
+            whole = [while_summed] if self.compiler.slices_reductions else []
+            return [(since, while_summed[1]), *whole]
+        if not self.compiler.reduces_out_of_place:
+            return []
+        if value in self.scattered:
+            return [(min(made + 1, self.filled.get(value, made + 1)), end - 1)]
+        return [while_summed]
 
     @property
     def op_at(self) -> NDArray[np.int64]:
@@ -186,7 +193,7 @@ def lifetimes(
             first[value] = at
     for op_id, at in filled.items():
         value = graph.ops[op_id].results[0]
-        if value not in sums:
+        if value not in scattered:
             first[value] = min(first[value], at)
     return Lifetimes(
         graph=graph,

@@ -171,10 +171,10 @@ class MemoryModel:
             producer = self.graph.values[value].producer
             partial = layout.partial(value)
             scattered = partial != layout.home(value)
-            copies_ = sums_in_memory(compiler, scattered=scattered)
-            if copies_ and layout.partial_axes(producer):
-                made, until = np.array([times.summing(v, scattered=scattered) for v in reduced.tolist()]).T
-                held.add(_SUM, reduced, made, until, shard_count(partial, mesh) / copies_)
+            if layout.partial_axes(producer):
+                spans = [times.partial_sums(v, scattered=scattered) for v in reduced.tolist()]
+                for made, until in np.array(spans, dtype=np.int64).reshape(len(reduced), -1, 2).transpose(1, 2, 0):
+                    held.add(_SUM, reduced, made, until, shard_count(partial, mesh))
         for op, image in self.windows:
             if layout.exchanges(op):
                 spec = layout.operand(op, self.graph.ops[op].operands.index(image))
@@ -258,13 +258,6 @@ def possible_sums(regions: Regions) -> list[int]:
     """Values that are partial sums where what their op reduces over is split."""
     last = [(region, regions.graph.ops[region.ops[-1]].results) for region in regions.regions]
     return [made[0] for region, made in last if region.solo and region.dims[-1].reduced and len(made) == 1]
-
-
-def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:
-    """How many times an op's partial sums are in memory while they are reduced, beside the result as it is made."""
-    if scattered:
-        return 2 if compiler.slices_reductions else 1
-    return 1 if compiler.reduces_out_of_place else 0
 
 
 def _last_at_home(regions: Regions, times: Lifetimes) -> Ints:
