@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ffjax.cost.buffers import buffered, fused_gathers, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
-from ffjax.cost.merged_remat import merge_remat
+from ffjax.cost.merged_remat import has_remat, merge_remat
 from ffjax.cost.moves import Move
 from ffjax.cost.other_forms import other_forms, replacing_ties
 from ffjax.cost.order import as_written, scheduled, scope_spans
@@ -107,9 +107,10 @@ def lifetimes(
       fused: what is fused, if that is known.
     """
     end = len(graph.ops)
+    planned = moves
     if compiler.merges_remat:
-        graph = merge_remat(graph)
-    if fused is None:
+        graph, moves = merge_remat(graph, moves)
+    if fused is None or (compiler.merges_remat and has_remat(graph)):
         maps = mapping_ops(graph)
         if compiler.fuses_gathers:
             maps = fused_gathers(graph, maps)
@@ -122,9 +123,9 @@ def lifetimes(
     sums: dict[int, tuple[int, int]] = {}
     copies: dict[tuple[int, int], tuple[int, int]] = {}
     scattered: set[int] = set()
-    for move, (start, done) in zip(moves, under_way.tolist(), strict=False):
+    for asked, move, (start, done) in zip(planned, moves, under_way.tolist(), strict=False):
         if done >= 0 and move.readers:
-            copies.update(dict.fromkeys(move.readers, (start, done)))
+            copies.update(dict.fromkeys(asked.readers + move.readers, (start, done)))
         elif done >= 0:
             sums.update(dict.fromkeys(move.values, (start, done)))
             scattered.update(move.values if move.scatters else ())
