@@ -63,7 +63,13 @@ def find_fusions(graph: Graph) -> Fusions:
 
 def fusible(op: Op) -> bool:
     """Whether XLA puts the op inside a fusion with its neighbours."""
-    return op.kind not in BORDERS and (is_light(op) or is_reduction(op) or op.kind in LAYOUT or op.kind in FREE)
+    follows = is_light(op) or is_reduction(op) or op.kind in LAYOUT or op.kind in FREE or is_outer_product(op)
+    return op.kind not in BORDERS and follows
+
+
+def is_outer_product(op: Op) -> bool:
+    """Whether an op is a product that adds nothing up: XLA multiplies broadcasts, elementwise, in its place."""
+    return op.kind == "dot_general" and not op.rule.reduction
 
 
 def fusible_ops(graph: Graph) -> list[bool]:

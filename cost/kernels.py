@@ -96,7 +96,7 @@ def kernels(regions: Regions) -> list[Kernel]:
                     region=region.id,
                     trips=graph.scopes[op.scope].trips,
                     flops=task.flops,
-                    matmul=op.kind in MATMULS,
+                    matmul=op.kind in MATMULS and not inside,
                     dtype=task.dtype,
                     launches=1 if not inside or any(fusions.in_memory[v] for v in op.results) else 0,
                     traffic=traffic,

@@ -46,7 +46,7 @@ def moves(graph: Graph, fusions: Fusions) -> Iterator[Move]:
             reader = next((r for r in readers[op.results[0]] if not fused[r] and graph.ops[r].eqn is not None), None)
             if reader is not None:
                 yield Move((reader, "operand", graph.ops[reader].operands.index(op.results[0])), 2, 1)
-        elif op.kind == "dot_general" and op.eqn is not None:
+        elif op.kind == "dot_general" and not fused[op.id]:
             for index, (batch, contracted) in enumerate(_dot_dimensions(op)):
                 value = op.operands[index]
                 if value == NO_VALUE or (value, batch) in transposed or not _is_work(graph, value, fused):
