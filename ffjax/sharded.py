@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,16 +16,20 @@ from jax.sharding import NamedSharding
 from ffjax import nnx
 from ffjax.cost.cluster import Cluster
 from ffjax.emit.emit import in_shardings
-from ffjax.emit.run import device_mesh, jitted
+from ffjax.emit.run import jitted
 from ffjax.errors import ClusterError, PlanError
 from ffjax.fingerprint import program_fingerprint
 from ffjax.inputs import argnums, cluster_of
 from ffjax.ir.trace import Program, function_name
 from ffjax.options import StepOptions
+from ffjax.placing import place
 from ffjax.plan import Plan
 from ffjax.plan_cache import cached_plan
 from ffjax.planner import bind_program, plan_program
 from ffjax.remat import alternatives, trace_call, under
+from ffjax.state import Places, batch_arguments, prefetched
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +38,7 @@ class _Entry:
 
     plan: Plan
     program: Program
+    places: Places | None = None
     runner: _Runner | None = None
 
 
@@ -42,7 +47,7 @@ class _Runner:
     """The jitted step, where its arguments go, and the arrays that the step closes over, in place."""
 
     run: jax.stages.Wrapped
-    shardings: tuple[NamedSharding, ...]
+    shardings: Sequence[NamedSharding]
     closures: tuple[jax.Array, ...]
     accepted: list[object]
     """For each argument the sharding object that it last came with: the step's own results share theirs."""
@@ -61,7 +66,7 @@ class _Runner:
 
 
 class Sharded:
-    """A step under `autoshard`. Call it like the step; `plan`, `lower` and `init` say and do the rest."""
+    """A step under `autoshard`. Call it like the step; `plan`, `lower`, `init` and `place_*` say and do the rest."""
 
     def __init__(self, step: Callable[..., Any], options: StepOptions) -> None:
         self._step = step
@@ -98,33 +103,90 @@ class Sharded:
         """The sharded step, lowered for the devices that it would run on."""
         return self.plan(*args, **kwargs).lower(self._devices())
 
-    def init(self, init_fn: Callable[..., Any], *args: Any) -> Any:
+    def init(self, init_fn: Callable[..., Any], *args: Any, argument: str | None = None) -> Any:
         """Builds a state already sharded, as the plan wants the argument that it is for: no device holds it whole.
 
         Plan first (`step.plan(jax.eval_shape(init_fn, *args), batch)`): the state goes where that plan has an argument
-        with the same leaves.
+        with the same leaves, or, with `argument`, to the one of that path. With several processes each calls it alike.
 
         Raises:
           PlanError: before there is a plan, or where the state fits none of the step's arguments.
         """
-        name = function_name(self._step)
-        if not self._entries:
-            raise PlanError(
-                f"{name}.init has no plan yet. Remedy: call {name}.plan(jax.eval_shape(init_fn, *args), batch) first."
-            )
-        entry = next(reversed(self._entries.values()))
         call = nnx.as_builder(init_fn)
-        leaves, tree = jax.tree.flatten(jax.eval_shape(call.build, *args))
-        shapes = [(tuple(v.shape), str(v.dtype)) for v in leaves]
-        shardings = self._runner(entry).shardings
-        for root in dict.fromkeys(leaf.root for leaf in entry.program.args):
-            own = [(leaf, s) for leaf, s in zip(entry.program.args, shardings, strict=True) if leaf.root == root]
-            if [(leaf.shape, leaf.dtype) for leaf, _ in own] == shapes:
-                placed = jax.tree.unflatten(tree, [s for _, s in own])
-                return call.finish(jax.jit(call.build, out_shardings=placed)(*args))
-        raise PlanError(
-            f"what {getattr(init_fn, '__name__', 'init_fn')} makes ({len(shapes)} arrays) is none of the arguments of "
-            f"the last plan of {name}. Remedy: plan with jax.eval_shape(init_fn, *args) as the state."
+        made = jax.eval_shape(call.build, *args)
+        shardings = self._with_plan("init", lambda places, _: places.of(call.arrays(made), argument))
+        placed = jax.tree.unflatten(jax.tree.structure(made), shardings)
+        return call.finish(jax.jit(call.build, out_shardings=placed)(*args))
+
+    def place_state(self, state: Any, argument: str | None = None, *, donate: bool = False) -> Any:
+        """A state where the plan wants it, from wherever it is: the host, one device, another plan or mesh.
+
+        Pieces go from device to device: no device and no host has a whole array on the way. In a program of several
+        processes a state on the host must be the same, and whole, in each; one on other devices goes by a checkpoint.
+
+        Args:
+          state: an argument of the step, a part of one (`state.params`), or a tuple of these; NNX objects are updated.
+          argument: the path of what it is for, where it would fit several; by default the first.
+          donate: gives each array up as soon as it is moved, so that both states never exist at once.
+
+        Raises:
+          PlanError: before there is a plan, or where the state fits none of the step's arguments.
+        """
+        return self._with_plan("place_state", lambda places, _: places.place_state(state, argument, donate=donate))
+
+    def abstract_state(self, state: Any, argument: str | None = None) -> Any:
+        """Shapes, dtypes and shardings of a state under the plan: what Orbax takes as the target of a restore.
+
+        Args:
+          state: arrays or `jax.ShapeDtypeStruct`; of NNX objects come the nested dictionaries of their arrays.
+          argument: see `place_state`.
+
+        Returns:
+          The state with a `jax.ShapeDtypeStruct` that has a sharding for each array.
+        """
+        return self._with_plan("abstract_state", lambda places, _: places.abstract_state(state, argument))
+
+    def place_batch(self, batch: Any, arguments: str | Sequence[str] | None = None) -> Any:
+        """A batch of the host's on the devices, as the plan wants it.
+
+        Where the step takes several arguments besides its state, the batch is a tuple of them, in their order. In a
+        program of several processes each passes the whole batch, or just the rows that its own devices hold: which it
+        is shows in the shapes.
+
+        Args:
+          batch: a pytree of NumPy arrays.
+          arguments: names of the arguments that it is; by default all of which the step returns no successor.
+
+        Raises:
+          PlanError: before there is a plan, or where the batch is not what the plan is for.
+        """
+
+        def placed(places: Places, program: Program) -> Any:
+            names = batch_arguments(program) if arguments is None else arguments
+            return places.place_batch(batch, (names,) if isinstance(names, str) else names)
+
+        return self._with_plan("place_batch", placed)
+
+    def place_batches(
+        self, batches: Iterable[Any], ahead: int = 2, arguments: str | Sequence[str] | None = None
+    ) -> Iterator[Any]:
+        """`place_batch` of each of some batches, of which `ahead` are on their way to the devices at any time."""
+        if ahead < 1:
+            raise PlanError(f"place_batches(ahead={ahead}). Remedy: 1 or more; 2 hides the transfers behind the steps.")
+        return prefetched((self.place_batch(batch, arguments) for batch in batches), ahead)
+
+    def _with_plan(self, what: str, use: Callable[[Places, Program], _T]) -> _T:
+        """What is done by the plan of the last signature; where it does not fit, by that of an earlier one."""
+        name = function_name(self._step)
+        first: PlanError | None = None
+        for entry in reversed(self._entries.values()):
+            try:
+                return use(self._places(entry), entry.program)
+            except PlanError as error:
+                first = first or error
+        raise first or PlanError(
+            f"{name}.{what} has no plan yet. Remedy: call {name}.plan(state, batch) first; shapes will do "
+            "(jax.eval_shape)."
         )
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> nnx.Call:
@@ -180,17 +242,20 @@ class Sharded:
 
     def _runner(self, entry: _Entry) -> _Runner:
         if entry.runner is None:
-            layout = entry.plan.bound
-            mesh = device_mesh(layout.mesh, self._devices())
-            shardings = in_shardings(layout, mesh)
-            closures = layout.graph.program.closures
+            layout, places = entry.plan.bound, self._places(entry)
+            closures = zip(entry.program.closures, in_shardings(layout, places.mesh), strict=False)
             entry.runner = _Runner(
-                run=jitted(layout, mesh),
-                shardings=shardings[len(closures) :],
-                closures=tuple(place(x, s) for x, s in zip(closures, shardings, strict=False)),
-                accepted=[None] * len(shardings[len(closures) :]),
+                run=jitted(layout, places.mesh),
+                shardings=places.shardings,
+                closures=tuple(place(x, s) for x, s in closures),
+                accepted=[None] * len(places.shardings),
             )
         return entry.runner
+
+    def _places(self, entry: _Entry) -> Places:
+        if entry.places is None:
+            entry.places = Places(entry.plan, self._devices())
+        return entry.places
 
     def _cached(self, call: nnx.Call, program: Program) -> Plan:
         """The plan from the cache folder, or a new one, which is then put there."""
@@ -208,17 +273,6 @@ class Sharded:
         if folder is None:
             return searched()
         return cached_plan(folder, program, options, cluster, bind=bound, search=searched)
-
-
-def place(array: Any, sharding: NamedSharding) -> jax.Array:
-    """An array where the plan wants it; the array itself if it is there.
-
-    One that is there by another name (of a mesh, of an axis) takes the plan's, or `jax.jit` would compile for each.
-    """
-    if isinstance(array, jax.Array) and array.sharding == sharding:
-        return array
-    placed: jax.Array = jax.device_put(array, sharding)
-    return placed
 
 
 def _leaves(call: nnx.Call) -> tuple[list[Any], Any]:

@@ -20,7 +20,7 @@ from ffjax.ir.layout import Layout, PlannedCollective
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import CountedCollective, MeshShape
 from ffjax.nnx import has_objects
-from ffjax.sharded import place
+from ffjax.placing import place
 from ffjax.strategies.candidates import candidates
 from ffjax.strategies.families import family_keys, members
 
