@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -16,13 +18,10 @@ import ffjax
 from ffjax import placing
 from ffjax.errors import PlanError
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from states import PLANS, bits
+
 Tree = dict[str, Any]
-PLANS: dict[str, dict[str, Any]] = {
-    "data_parallel": {"strategy": "data_parallel", "mesh": {"x": 8}},
-    "fsdp": {"strategy": "fsdp", "mesh": {"x": 8}},
-    "both": {"strategy": "fsdp+tensor_parallel", "mesh": {"x": 4, "y": 2}},
-    "four devices": {"strategy": "fsdp", "devices": jax.devices()[2:6]},
-}
 
 
 def step(state: Tree, batch: Tree) -> tuple[Tree, jax.Array]:
@@ -55,14 +54,6 @@ def planned(name: str) -> Any:
     sharded = ffjax.autoshard(step, donate_argnums=0, **PLANS[name])
     sharded.plan(jax.eval_shape(init, 0), batch())
     return sharded
-
-
-def bits(tree: Any) -> list[Any]:
-    """The leaves as bytes, with their dtypes."""
-    words = [
-        jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in jax.tree.leaves(tree)
-    ]
-    return [(str(v.dtype), v.shape, np.asarray(v).tobytes()) for v in words]
 
 
 def shardings(tree: Any) -> list[Any]:
