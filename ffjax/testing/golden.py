@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ffjax.explain import table
 from ffjax.ir.spec import format_spec
 from ffjax.plan import Placement, Plan
 from ffjax.units import bytes_text, seconds_text
@@ -74,24 +75,18 @@ def plan_text(plan: Plan) -> str:
     estimate = plan.estimate
     totals = sorted(estimate.collectives, key=lambda c: (c.kind, c.axes))
     moved = [(c.kind, "*".join(c.axes), f"{c.count:g} x", bytes_text(c.bytes)) for c in totals]
-    sections = {
-        "arguments": list(_placements(plan.args)),
-        "results": list(_placements(plan.results)),
-        "collectives of one step, per device": moved,
-    }
-    lines = [
-        f"# A plan of ffjax: (x, -) is split over mesh axis x, whole in the second dimension. Written by {UPDATE}",
-        f"# predicted: step {seconds_text(estimate.step_s)}, peak {bytes_text(estimate.peak_bytes)} per device",
-        f"program {plan.program}",
-        f"cluster {plan.cluster}, {plan.devices} devices",
-        "mesh " + ", ".join(f"{axis}={size}" for axis, size in plan.mesh_shape.items()),
-    ]
-    for title, rows in sections.items():
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["", title]
-        lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += ["  none"] * (not rows)
-    return "\n".join(lines) + "\n"
+    return "\n".join(
+        [
+            f"# A plan of ffjax: (x, -) is split over mesh axis x, whole in the second dimension. Written by {UPDATE}",
+            f"# predicted: step {seconds_text(estimate.step_s)}, peak {bytes_text(estimate.peak_bytes)} per device",
+            f"program {plan.program}",
+            f"cluster {plan.cluster}, {plan.devices} devices",
+            "mesh " + ", ".join(f"{axis}={size}" for axis, size in plan.mesh_shape.items()),
+            *("", "arguments", *table(list(_placements(plan.args)), empty="none")),
+            *("", "results", *table(list(_placements(plan.results)), empty="none")),
+            *("", "collectives of one step, per device", *table(moved, empty="none"), ""),
+        ]
+    )
 
 
 def _placements(placements: Sequence[Placement]) -> Iterator[tuple[str, str, str]]:
