@@ -266,6 +266,11 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
 
     One that is there by another name (of a mesh, of an axis) takes the plan's, or `jax.jit` would compile for each.
     """
+    if isinstance(array, jax.core.Tracer):
+        raise TraceError(
+            f"a step under ffjax.autoshard was called with a traced {array.aval}, inside jax.jit or another "
+            "transformation. Remedy: transform the function that autoshard was given; autoshard compiles it by itself."
+        )
     if isinstance(array, jax.Array) and array.sharding == sharding:
         return array
     placed: jax.Array = jax.device_put(array, sharding)
@@ -391,6 +396,8 @@ def autoshard(
             devices=devices,
             progress=progress,
         )
+    if isinstance(step, Sharded):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # of functools.update_wrapper
     if not callable(step):
         raise TraceError(f"autoshard was given {step!r}, which cannot be called. Remedy: give it the step's function.")
     check_remat(remat)

@@ -113,7 +113,11 @@ def call_of(
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
 ) -> nnx.Call:
-    """A step and its arguments as a function of arrays."""
+    """A step and its arguments as a function of arrays; of a step under `autoshard` what is under it."""
+    from ffjax.autoshard import Sharded
+
+    if isinstance(step, Sharded):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # of functools.update_wrapper
     static = argnums(static_argnums, len(args), "static_argnums")
     donated = argnums(donate_argnums, len(args), "donate_argnums")
     return nnx.as_function(step, args, kwargs, static, donated)
