@@ -40,10 +40,10 @@ def assert_collectives(
         FfjaxError: for a kind that there is not.
 
     >>> import ffjax, jax.numpy as jnp
-    >>> rows = jax.ShapeDtypeStruct((64, 1024), jnp.float32)
-    >>> mean = ffjax.plan(lambda x: x.mean(0), rows, mesh={"x": 8}, pins={"x": jax.P("x")})
-    >>> assert_collectives(mean, {"all_reduce": 4096})
-    >>> assert_collectives(mean, ["all_reduce"])
+    >>> w, x = jax.ShapeDtypeStruct((64, 8), jnp.float32), jax.ShapeDtypeStruct((1024, 64), jnp.float32)
+    >>> plan = ffjax.plan(lambda w, x: w - x.T @ (x @ w), w, x, mesh={"x": 8}, strategy="data_parallel")
+    >>> assert_collectives(plan, {"all_reduce": 64 * 8 * 4})
+    >>> assert_collectives(plan, ["all_reduce"])
     """
     wanted = dict(expected) if isinstance(expected, Mapping) else dict.fromkeys(expected)
     if unknown := wanted.keys() - set(COLLECTIVE_KINDS):
