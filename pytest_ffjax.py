@@ -22,7 +22,7 @@ _DEVICES = "ffjax_devices"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addini(_DEVICES, "CPU fake devices that JAX has in this suite; none of ffjax's business by default.")
+    parser.addini(_DEVICES, "How many CPU devices JAX has in this suite; by default it is left alone.")
     parser.getgroup("ffjax").addoption(
         "--ffjax-update-plans",
         action="store_true",

@@ -73,6 +73,12 @@ def plan(
 
     Raises:
       TraceError, ClusterError, PinError, BudgetError, PlanError: each names the input and the remedy.
+
+    >>> import jax, jax.numpy as jnp
+    >>> w, x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32), jax.ShapeDtypeStruct((65536, 4096), jnp.float32)
+    >>> found = plan(lambda w, x: w - x.T @ (x @ w), w, x, cluster=Cluster.named("h100", hosts=2), strategy="fsdp")
+    >>> found.devices, sorted(c.kind for c in found.estimate.collectives)
+    (16, ['all_gather', 'reduce_scatter'])
     """
     began = time.perf_counter()
     call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
