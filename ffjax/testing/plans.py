@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from ffjax.autoshard import Sharded
 from ffjax.cost.cluster import Cluster, parse_bytes
 from ffjax.cost.hlo.collectives import collectives_of
 from ffjax.errors import BudgetError, FfjaxError
 from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
 from ffjax.plan import Plan
 from ffjax.planner import plan
+from ffjax.sharded import Sharded
 from ffjax.units import amount, bytes_text
 
 _MAX_SHOWN = 6  # arrays alive at a peak
