@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
 import types
 import warnings
@@ -18,11 +17,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ffjax import nnx
+from ffjax.agreement import agreed_plan
 from ffjax.cost.cluster import Cluster
 from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import device_mesh, jitted
 from ffjax.errors import ClusterError, FfjaxWarning, PlanError, TraceError
-from ffjax.fingerprint import program_fingerprint
+from ffjax.fingerprint import digest, program_fingerprint
 from ffjax.inputs import argnums, cluster_of
 from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.trace import Program, function_name
@@ -188,7 +188,10 @@ class Sharded:
         if signature not in self._entries:
             given, remat = self._options.plan, self._options.remat
             program = trace_call(call, remat if given is None else given.remat)
-            found = self._known(call, program) if given is None else bind_program(given, program)
+            if given is None:
+                found = self._known(call, program)
+            else:
+                found = self._agreed(call, program, functools.partial(bind_program, given, program))
             self._entries[signature] = _Entry(plan=found, program=found.bound.graph.program)
         return self._entries[signature]
 
@@ -200,7 +203,20 @@ class Sharded:
             for entry in self._entries.values():
                 if (entry.plan.remat, entry.plan.fingerprint) == (same.remat, wanted):
                     return bind_program(entry.plan, same)
-        return self._cached(call, program)
+        return self._agreed(call, program, functools.partial(self._cached, call, program))
+
+    def _agreed(self, call: nnx.Call, program: Program, find: Callable[[], Plan]) -> Plan:
+        """The plan that all processes of a run use: one finds it, the others take what it found."""
+        options = self._options
+        asked = {
+            "cluster": "local" if options.cluster is None else digest(options.cluster),
+            "devices=": None if options.devices is None else [d.id for d in options.devices],
+            "plan=": None if options.plan is None else digest(options.plan.to_json()),
+            **{name: getattr(options, name) for name in ("memory", "strategy", "mesh", "pins", "verify", "remat")},
+        }
+        return agreed_plan(
+            program, asked, find=find, bind=lambda plan: bind_program(plan, under(call, program, plan.remat))
+        )
 
     def _runner(self, entry: _Entry) -> _Runner:
         if entry.runner is None:
@@ -238,15 +254,14 @@ class Sharded:
             return searched()
         priced = (dataclasses.replace(cluster, profile=None), cluster.profile and cluster.profile.digest)
         asked = (*priced, options.memory, options.strategy, options.mesh, options.pins, options.verify, options.remat)
-        digest = hashlib.blake2b(repr((program_fingerprint(program), *asked)).encode(), digest_size=10).hexdigest()
-        path = Path(options.cache) / f"{program.name}-{digest}.json"
+        path = Path(options.cache) / f"{program.name}-{digest((program_fingerprint(program), *asked))}.json"
         if path.exists():
             try:
                 cached = Plan.load(path)
                 return bind_program(cached, under(call, program, cached.remat))
             except PlanError as error:
                 warnings.warn(
-                    f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=5
+                    f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=6
                 )
         found = searched()
         try:
@@ -256,7 +271,7 @@ class Sharded:
                 f"the plan could not be put into cache={os.fspath(options.cache)!r}: {error.strerror}. Remedy: name a "
                 "folder that can be written.",
                 FfjaxWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         return found
 

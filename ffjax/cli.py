@@ -18,6 +18,7 @@ from rich.table import Table
 
 import ffjax
 from ffjax import planner, verifying
+from ffjax.cli_launch import launch_command
 from ffjax.cli_options import LOCAL, Question, cluster_named, settings_of, with_question
 from ffjax.cli_profile import cases_for, check_kinds, here_as, run_profile
 from ffjax.comparing import HEADER
@@ -61,6 +62,9 @@ class _Commands(click.Group):
 @click.version_option(ffjax.__version__, prog_name="ffjax")
 def main() -> None:
     """Finds a fast way to run an ordinary single-device JAX train step on a cluster."""
+
+
+main.add_command(launch_command)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,249 @@
+"""`ffjax launch`: the processes of a run on this host, started, listened to, and ended together.
+
+Each process is a session of its own, so that what it starts ends with it. A pipe that nobody writes tells it when the
+launcher is gone, however it was ended: no process is left behind.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from ffjax.distributed import ENDED, LOST_S, START_S
+from ffjax.worker import Start
+
+GRACE_S = 10.0
+"""What processes have to end by themselves when the launcher is told to; a second signal ends them at once."""
+_SETTLE_S = 1.0
+"""When one has failed by itself: the others' time to say what they have to."""
+_BLAMING_S = 3.0
+"""When one has ended because of another: the time for the other to be seen, if it is on this host."""
+_KEPT = 25
+_NOISE = re.compile(rb"\[Gloo\]|connected peer ranks|is connected to \d+ peer|^\s+@\s+0x[0-9a-f]+ ")
+"""What gloo prints to standard output, and frames of C++ below JAX's own error messages."""
+_ENDED_BY_JAX = "JAX distributed service detected fatal errors"
+_SILENT = re.compile(r"stopped sending heartbeats\):?\s*([\d, ]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to run on this host, as its part of a run."""
+
+    command: Sequence[str]
+    """A script, or a module's name, and its arguments."""
+    module: bool = False
+    processes: int = 1
+    """On this host."""
+    devices: int | None = None
+    """Of each process; None for all, or for one where there are several processes."""
+    cpu: bool = False
+    """Fake CPU devices in place of accelerators."""
+    coordinator: str | None = None
+    """`host:port` of process 0; None for this host alone, or as detected."""
+    nodes: int = 1
+    node_rank: int = 0
+    detect: str | None = None
+    """How JAX detects the run that this process is part of (`"auto"` or a method's name); None for no detection."""
+    timeout_s: float = START_S
+    lost_s: float = LOST_S
+
+
+@dataclass(slots=True)
+class _Child:
+    """One process, and what it said last."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    pumps: list[threading.Thread] = field(default_factory=list)
+    last: list[collections.deque[str]] = field(default_factory=list)
+    """Of standard output and of standard error."""
+    status: int | None = None
+    ended_s: float = 0.0
+
+    @property
+    def said(self) -> str:
+        return "\n".join(self.last[1])
+
+    @property
+    def primary(self) -> bool:
+        """Whether it failed by itself, and not because another did."""
+        return bool(self.status) and self.status != ENDED and _ENDED_BY_JAX not in self.said
+
+
+def launch(job: Job) -> int:
+    """Runs a job to its end; its output comes line by line, each with the number of its process.
+
+    Returns 0, or the exit status of the process that failed first (128 and the signal's number for one that a signal
+    ended, or if one ended the launcher), after a message with its last lines. All processes have ended by then.
+    """
+    # An object of the main thread: what a handler may put into, and a thread.
+    events: queue.SimpleQueue[_Child | int] = queue.SimpleQueue()
+    before = {s: signal.signal(s, lambda number, frame: events.put(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    reader, writer = os.pipe()
+    began = time.monotonic()
+    children: list[_Child] = []
+    try:
+        starts = _starts(job, reader)
+        for start in starts:
+            children.append(_spawn(start, job.command, events, reader))
+        os.close(reader)
+        return _supervise(children, events, began)
+    finally:
+        for child in children:
+            _signal(child, signal.SIGKILL)
+        os.close(writer)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _starts(job: Job, pipe: int) -> list[Start]:
+    alone = job.coordinator is None and job.detect is None
+    coordinator = job.coordinator
+    if alone and job.processes > 1:
+        coordinator = f"127.0.0.1:{_free_port()}"
+    each = job.devices or (1 if job.processes > 1 else None)
+    return [
+        Start(
+            coordinator=coordinator,
+            processes=None if job.detect else job.nodes * job.processes,
+            process_id=None if job.detect else job.node_rank * job.processes + index,
+            local_devices=None if job.cpu or each is None else list(range(index * each, (index + 1) * each)),
+            cpu_devices=(each or 1) if job.cpu else None,
+            loopback=alone,
+            detect=None if job.detect == "auto" else job.detect,
+            timeout_s=job.timeout_s,
+            lost_s=job.lost_s,
+            parent_pipe=pipe,
+            module=job.module,
+        )
+        for index in range(job.processes)
+    ]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _spawn(start: Start, command: Sequence[str], events: queue.SimpleQueue[_Child | int], pipe: int) -> _Child:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if start.loopback:
+        environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    popen = subprocess.Popen(
+        [sys.executable, "-m", "ffjax.worker", start.to_json(), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        pass_fds=[pipe],
+        start_new_session=True,
+    )
+    child = _Child(name=str(start.process_id) if start.process_id is not None else "-", popen=popen)
+    for source, target in ((popen.stdout, sys.stdout.buffer), (popen.stderr, sys.stderr.buffer)):
+        assert source is not None
+        child.last.append(collections.deque(maxlen=_KEPT))
+        child.pumps.append(threading.Thread(target=_pump, args=(child, child.last[-1], source, target), daemon=True))
+    for thread in (*child.pumps, threading.Thread(target=_wait, args=(child, events), daemon=True)):
+        thread.start()
+    return child
+
+
+def _pump(child: _Child, last: collections.deque[str], source: BinaryIO, target: BinaryIO) -> None:
+    prefix = f"[{child.name}] ".encode()
+    for line in source:
+        if _NOISE.search(line) or not line.strip():
+            continue
+        last.append(line.decode(errors="replace").rstrip())
+        target.write(prefix + line.rstrip(b"\n") + b"\n")
+        target.flush()
+
+
+def _wait(child: _Child, events: queue.SimpleQueue[_Child | int]) -> None:
+    status = child.popen.wait()
+    child.ended_s = time.monotonic()
+    _signal(child, signal.SIGKILL)  # what it started
+    for pump in child.pumps:
+        pump.join()
+    child.status = status if status >= 0 else 128 - status
+    events.put(child)
+
+
+def _supervise(children: Sequence[_Child], events: queue.SimpleQueue[_Child | int], began: float) -> int:
+    """Until all have ended; the exit status."""
+    running = len(children)
+    deadline: float | None = None
+    told = 0
+    while running:
+        try:
+            event = events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            for child in children:
+                _signal(child, signal.SIGKILL)
+            deadline = None
+            continue
+        if isinstance(event, int):
+            deadline = time.monotonic() + (0.0 if told else GRACE_S)
+            told = told or event
+            for child in children:
+                _signal(child, signal.Signals(event))
+        else:
+            running -= 1
+            if event.status and running and not told and (deadline is None or event.primary):
+                deadline = time.monotonic() + (_SETTLE_S if event.primary else _BLAMING_S)
+    if told:
+        print(f"ffjax: ended by {signal.Signals(told).name}", file=sys.stderr)
+        return 128 + told
+    failed = sorted((c for c in children if c.status), key=lambda c: c.ended_s)
+    if not failed:
+        return 0
+    # Those that the launcher ended itself come last.
+    first = next((c for c in failed if c.primary), failed[0])
+    print(_report(first, len(children), first.ended_s - began), file=sys.stderr)
+    assert first.status is not None
+    return first.status
+
+
+def _report(child: _Child, count: int, after_s: float) -> str:
+    status = child.status or 0
+    how = f"exit status {status}"
+    if status > 128:
+        how = f"{signal.Signals(status - 128).name} (signal {status - 128})"
+    others = {1: "", 2: "; the other process on this host was ended"}.get(
+        count, f"; the other {count - 1} processes on this host were ended"
+    )
+    lines = [f"ffjax: process {child.name} ended by {how} after {after_s:.1f} s{others}."]
+    if meaning := _meaning(child.said):
+        lines.append(f"What that means: {meaning}")
+    if last := child.last[1] or child.last[0]:
+        lines += ["Its last lines:", *(f"  {line}" for line in last)]
+    return "\n".join(lines)
+
+
+def _meaning(said: str) -> str:
+    """What JAX's own messages say, for those who do not know them."""
+    if _ENDED_BY_JAX not in said:
+        return ""
+    if found := _SILENT.search(said):
+        return f"process {found[1].strip()} was lost (killed, or its host is down or cannot be reached); its log says more."
+    return "the coordinator (process 0) or its host was lost, or did not answer in time; its log says more."
+
+
+def _signal(child: _Child, number: signal.Signals) -> None:
+    """To a process and all that it started."""
+    try:
+        os.killpg(child.popen.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass  # gone
