@@ -47,12 +47,12 @@ class Asked:
     def differs(self, first: Asked) -> str:
         """How this is other than what process 0 asks; empty if it is not."""
         wrong = [
-            f"{name} is {self.facts.get(name)}, not {value}"
+            f"{name} is {self.facts.get(name)}, in process 0 {value}"
             for name, value in first.facts.items()
             if self.facts.get(name) != value
         ]
         if self.program != first.program:
-            wrong.append(f"its program is another one: {_first_difference(self.program, first.program)}")
+            wrong.append(_first_difference(self.program, first.program))
         return "; ".join(wrong)
 
 
@@ -95,7 +95,12 @@ def program_text(program: Program) -> str:
     """The program as text: arguments and equations with all literals, without what differs between processes."""
     leaves = "\n".join(map(str, program.args))
     text = _ADDRESS.sub("", f"{leaves}\n{program.jaxpr}")
-    return _SET.sub(lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}", text)
+    return _SET.sub(_sorted_set, text)
+
+
+def _sorted_set(found: re.Match[str]) -> str:
+    """Sets of texts are written in an order that differs between processes."""
+    return "{" + ", ".join(sorted(found[1].split(", "))) + "}"
 
 
 def _lead(store: KeyValueStore, prefix: str, asked: Asked, find: Callable[[], Plan]) -> Plan:
@@ -104,8 +109,10 @@ def _lead(store: KeyValueStore, prefix: str, asked: Asked, find: Callable[[], Pl
         _check_others(store, prefix, asked)
         plan = find()
     except BaseException as error:
-        kind = type(error).__name__ if isinstance(error, FfjaxError) else DistributedError.__name__
-        said = str(error) if isinstance(error, FfjaxError) else f"process 0 raised {type(error).__name__}: {error}"
+        kind = type(error).__name__
+        said = f"process 0 (on {asked.host}), which searches, raised {kind}: {error}. Remedy: see its log."
+        if isinstance(error, FfjaxError):
+            said = str(error)
         store.put(f"{prefix}/plan", json.dumps({"kind": kind, "error": said}))
         raise
     store.put(f"{prefix}/plan", json.dumps({"plan": plan.to_json()}))
@@ -126,14 +133,14 @@ def _check_others(store: KeyValueStore, prefix: str, asked: Asked) -> None:
     if wrong:
         more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
         raise DistributedError(
-            f"the processes of this run do not plan the same: {'; '.join(wrong[:_MOST_NAMED])}{more} (as process 0 on "
-            f"{asked.host} has it). Remedy: run the same code with the same options, in all processes."
+            f"the processes of this run do not plan the same: {'; '.join(wrong[:_MOST_NAMED])}{more}. Process 0 is on "
+            f"{asked.host}. Remedy: run the same code with the same options in all processes."
         )
     if absent:
         named = ", ".join(absent[:_MOST_NAMED]) + (", ..." if len(absent) > _MOST_NAMED else "")
         raise DistributedError(
-            f"process 0 plans {asked.facts['step']}, but process {named} did not within {limit_s:g} s. Remedy: call the "
-            "step, or its plan, in all processes and in the same order; a longer timeout if some come late."
+            f"process 0 plans {asked.facts['step']}, but process {named} did not within {limit_s:g} s. Remedy: call "
+            "the step, or its plan, in all processes and in the same order; a longer timeout if some come late."
         )
 
 
@@ -156,12 +163,12 @@ def _follow(store: KeyValueStore, prefix: str, asked: Asked) -> str:
         )
     content: dict[str, str] = json.loads(said)
     if "error" in content:
-        raise getattr(ffjax.errors, content["kind"])(content["error"])
+        raise getattr(ffjax.errors, content["kind"], DistributedError)(content["error"])
     return content["plan"]
 
 
 def _first_difference(ours: str, theirs: str) -> str:
     for mine, other in itertools.zip_longest(ours.splitlines(), theirs.splitlines(), fillvalue="nothing"):
         if mine != other:
-            return f"`{' '.join(mine.split())}`, not `{' '.join(other.split())}`"
-    return "only in how it is written"
+            return f"its program has `{' '.join(mine.split())}`, in process 0 `{' '.join(other.split())}`"
+    return "its program is written in another way"

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ffjax import nnx
 from ffjax.agreement import agreed_plan
-from ffjax.cost.cluster import Cluster
+from ffjax.cost.cluster import Cluster, by_host
 from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import device_mesh, jitted
 from ffjax.errors import ClusterError, FfjaxWarning, PlanError, TraceError
@@ -157,7 +157,7 @@ class Sharded:
         return nnx.as_function(self._step, args, kwargs, static, donated)
 
     def _devices(self) -> Sequence[jax.Device]:
-        return jax.devices() if self._options.devices is None else self._options.devices
+        return by_host(jax.devices()) if self._options.devices is None else self._options.devices
 
     def _check_devices(self) -> None:
         """Raises ClusterError before a search whose plan could not run here."""

@@ -10,6 +10,7 @@ import atexit
 import importlib.metadata
 import os
 import platform
+import re
 import socket
 import sys
 import threading
@@ -37,6 +38,8 @@ _SAME = ("ffjax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "li
 _GRACE_S = 2.0
 """What another's failure leaves a process, to say what it has to say itself."""
 _LISTEN_S = 600.0
+_BROKEN = re.compile(r"\b(Gloo|NCCL|nccl\w+)\b")
+"""In what JAX raises where a collective does not come to its end."""
 
 
 @dataclass(slots=True)
@@ -47,6 +50,7 @@ class _Run:
     process_id: int
     processes: int
     timeout_s: float
+    lost_s: float
     status: int = 0
     """What this process exits with because it failed."""
 
@@ -96,7 +100,8 @@ def initialize(
             return False
     if processes is None or process_id is None:
         raise DistributedError(
-            f"coordinator={coordinator!r} with processes={processes} and process_id={process_id}. Remedy: give all three."
+            f"coordinator={coordinator!r} with processes={processes} and process_id={process_id}. Remedy: give all "
+            "three."
         )
     me = Member(process_id=process_id, processes=processes, host=socket.gethostname(), versions=versions())
     left_s = deadline(timeout_s)
@@ -113,7 +118,7 @@ def initialize(
         shutdown_timeout_seconds=max(1, round(timeout_s)),
         coordinator_bind_address=coordinator if host in LOOPBACK else f"[::]:{port}",
     )
-    _watch(process_id, processes, timeout_s)
+    _watch(process_id, processes, timeout_s, lost_s)
     return True
 
 
@@ -163,9 +168,7 @@ def fail(why: str, status: int = 1) -> None:
         pass  # the coordinator is gone, which JAX tells the others
 
 
-def _detected(
-    method: str | None, timeout_s: float
-) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+def _detected(method: str | None, timeout_s: float) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
     try:
         return compat.detected_processes(method, timeout_s)
     except Exception as error:  # what JAX's detection meets: sockets, Kubernetes' API, MPI
@@ -182,12 +185,12 @@ def _ended(process_id: int) -> str:
     return f"ffjax/ended/{process_id}"
 
 
-def _watch(process_id: int, processes: int, timeout_s: float) -> None:
+def _watch(process_id: int, processes: int, timeout_s: float, lost_s: float) -> None:
     """Ends this process when another fails, and tells the others when this one does."""
     client = compat.key_value_client()
     assert client is not None
     store = KeyValueStore(client)
-    run = _Run(store, process_id, processes, timeout_s)
+    run = _Run(store, process_id, processes, timeout_s, lost_s)
     _runs.append(run)
     listener = threading.Thread(target=_listen, args=(store, process_id), daemon=True)
     listener.start()
@@ -195,6 +198,8 @@ def _watch(process_id: int, processes: int, timeout_s: float) -> None:
     def goodbye() -> None:
         """After the script's own handlers, before JAX's: ends the thread before the client that it asks."""
         if run.status:
+            if process_id == 0:  # the coordinator goes with it: the others shall end by themselves first
+                time.sleep(1.2 * _GRACE_S)
             _exit_now(run.status)
         try:
             store.put(_ended(process_id), "")
@@ -207,9 +212,22 @@ def _watch(process_id: int, processes: int, timeout_s: float) -> None:
 
     def uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         before(kind, error, trace)
+        if _BROKEN.search(str(error)):
+            _await_cause(run)
         fail(f"{kind.__name__}: {error}")
 
     sys.excepthook = uncaught
+
+
+def _await_cause(run: _Run) -> None:
+    """After a collective that broke: until it is known why, when the listener, JAX or the launcher ends us."""
+    print(
+        f"ffjax: process {run.process_id} could not communicate, as when another process was lost; waits up to "
+        f"{run.lost_s:g} s to hear which",
+        file=sys.stderr,
+        flush=True,
+    )
+    time.sleep(run.lost_s + _GRACE_S)
 
 
 def _listen(store: KeyValueStore, process_id: int) -> None:

@@ -7,6 +7,8 @@ launcher is gone, however it was ended: no process is left behind.
 from __future__ import annotations
 
 import collections
+import contextlib
+import itertools
 import os
 import queue
 import re
@@ -16,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -30,7 +31,10 @@ _SETTLE_S = 1.0
 """When one has failed by itself: the others' time to say what they have to."""
 _BLAMING_S = 3.0
 """When one has ended because of another: the time for the other to be seen, if it is on this host."""
-_KEPT = 25
+_KEPT, _SHOWN = 200, 25
+"""Lines of what a process said last."""
+_LOGGED = re.compile(r"[EFIW]\d{4} \d\d:")
+"""A line of C++'s log."""
 _NOISE = re.compile(rb"\[Gloo\]|connected peer ranks|is connected to \d+ peer|^\s+@\s+0x[0-9a-f]+ ")
 """What gloo prints to standard output, and frames of C++ below JAX's own error messages."""
 _ENDED_BY_JAX = "JAX distributed service detected fatal errors"
@@ -95,9 +99,7 @@ def launch(job: Job) -> int:
     began = time.monotonic()
     children: list[_Child] = []
     try:
-        starts = _starts(job, reader)
-        for start in starts:
-            children.append(_spawn(start, job.command, events, reader))
+        children.extend(_spawn(start, job.command, events, reader) for start in _starts(job, reader))
         os.close(reader)
         return _supervise(children, events, began)
     finally:
@@ -220,15 +222,20 @@ def _report(child: _Child, count: int, after_s: float) -> str:
     status = child.status or 0
     how = f"exit status {status}"
     if status > 128:
-        how = f"{signal.Signals(status - 128).name} (signal {status - 128})"
+        how = signal.Signals(status - 128).name
+        if status - 128 == signal.SIGKILL:
+            how += ", as when memory runs out"
     others = {1: "", 2: "; the other process on this host was ended"}.get(
         count, f"; the other {count - 1} processes on this host were ended"
     )
     lines = [f"ffjax: process {child.name} ended by {how} after {after_s:.1f} s{others}."]
+    last = list(child.last[1] or child.last[0])
     if meaning := _meaning(child.said):
         lines.append(f"What that means: {meaning}")
-    if last := child.last[1] or child.last[0]:
-        lines += ["Its last lines:", *(f"  {line}" for line in last)]
+        # JAX's own log says the same at length.
+        last = list(itertools.takewhile(lambda line: not _LOGGED.match(line), last))
+    if last:
+        lines += ["Its last lines:", *(f"  {line}" for line in last[-_SHOWN:])]
     return "\n".join(lines)
 
 
@@ -237,13 +244,12 @@ def _meaning(said: str) -> str:
     if _ENDED_BY_JAX not in said:
         return ""
     if found := _SILENT.search(said):
-        return f"process {found[1].strip()} was lost (killed, or its host is down or cannot be reached); its log says more."
+        lost = found[1].strip()
+        return f"process {lost} was lost (killed, or its host is down or cannot be reached); its log says more."
     return "the coordinator (process 0) or its host was lost, or did not answer in time; its log says more."
 
 
 def _signal(child: _Child, number: signal.Signals) -> None:
     """To a process and all that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone
         os.killpg(child.popen.pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass  # gone

@@ -24,6 +24,7 @@ _LINGER_S = 3.0
 _RETRY_S = 0.1
 _HELLO_S = 5.0
 """A connection that says nothing for so long is none of ours."""
+_GREETING = b'{"ffjax": "coordinator"}\n'
 _MOST_BYTES = 1 << 20
 _MOST_NAMED = 8
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -77,7 +78,8 @@ def faults(members: Sequence[Member]) -> str:
         if member.processes != first.processes:
             wrong.append(f"{member} was started as one of {member.processes}, {first} as one of {first.processes}")
         elif member.process_id in seen:
-            wrong.append(f"{member} came though {seen[member.process_id]} is there")
+            hosts = f"on {seen[member.process_id].host} and on {member.host}"
+            wrong.append(f"two came as process {member.process_id}: {hosts}")
         seen.setdefault(member.process_id, member)
         wrong += [
             f"{member} has {name} {member.versions.get(name, 'not')}, {first} has {version}"
@@ -111,7 +113,8 @@ def _host(address: str, me: Member, timeout_s: float) -> None:
                 sockets.enter_context(connection)
                 if (member := _hello(connection)) is None:
                     continue
-                came.append((member, connection))
+                # One that was started again comes again.
+                came = [(m, c) for m, c in came if _is_there(c)] + [(member, connection)]
                 if not wrong and (wrong := faults([me, *(m for m, _ in came)])):
                     deadline = min(deadline, time.monotonic() + _LINGER_S)
         # The port is free again: what follows is told to those who came.
@@ -152,7 +155,8 @@ def _listener(address: str) -> socket.socket:
                 "port, or end what listens there (an earlier run?)."
             ) from error
         raise DistributedError(
-            f"cannot listen at {address}: {error.strerror}. Remedy: an address of process 0's host and a port above 1023."
+            f"cannot listen at {address}: {error.strerror}. Remedy: an address of process 0's host and a port above "
+            "1023."
         ) from error
 
 
@@ -160,6 +164,7 @@ def _hello(connection: socket.socket) -> Member | None:
     """Who a connection is from; None for what is no process of a run."""
     connection.settimeout(_HELLO_S)
     try:
+        connection.sendall(_GREETING)
         content = json.loads(_line(connection))
         return Member(
             process_id=int(content["process_id"]),
@@ -184,10 +189,13 @@ def _join(address: str, me: Member, timeout_s: float) -> None:
     answered = "nothing answers there"
     for connection in _attempts(address, deadline):
         with connection:
-            # Process 0 has its say after its own timeout, which may have begun later.
-            connection.settimeout(max(0.0, deadline - time.monotonic()) + timeout_s)
             try:
+                connection.settimeout(max(_RETRY_S, deadline - time.monotonic()))
+                if _line(connection) != _GREETING:
+                    raise ValueError("not ours")
                 connection.sendall(json.dumps(dataclasses.asdict(me)).encode() + b"\n")
+                # Process 0 has its say after its own timeout, which may have begun later.
+                connection.settimeout(max(0.0, deadline - time.monotonic()) + timeout_s)
                 wrong = json.loads(_line(connection))["error"]
             except (OSError, ValueError, KeyError, TypeError):
                 answered = "what answers there is no coordinator of this run, or ended before all had come"
@@ -198,8 +206,8 @@ def _join(address: str, me: Member, timeout_s: float) -> None:
             again.close()
             return
     raise DistributedError(
-        f"{me} did not reach the coordinator at {address} within {timeout_s:g} s: {answered}. Remedy: check the address "
-        "and that process 0 runs there; a firewall must let its port through."
+        f"{me} did not reach the coordinator at {address} within {timeout_s:g} s: {answered}. Remedy: check the "
+        "address and that process 0 runs there; a firewall must let its port through."
     )
 
 

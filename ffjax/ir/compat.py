@@ -230,8 +230,9 @@ def key_value_client() -> KeyValueClient | None:
 def detected_processes(
     method: str | None, timeout_s: float
 ) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
-    """What `jax.distributed.initialize()` takes from SLURM, MPI, Kubernetes or a TPU pod: the coordinator's address, the
-    number of processes, this one's id and its devices; None for what they do not say.
+    """What `jax.distributed.initialize()` takes from SLURM, MPI, Kubernetes or a TPU pod.
+
+    The coordinator's address, the number of processes, this one's id and its devices; None for what they do not say.
 
     `method` is `initialize`'s `cluster_detection_method`. Raises what JAX's detection raises.
     """
