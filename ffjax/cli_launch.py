@@ -11,7 +11,7 @@ from ffjax.launch import Job, launch
 @click.command("launch", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SCRIPT.py [ARGS]...")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m.")
-@click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="On this host.")
+@click.option("--processes", type=click.IntRange(min=1), help="On this host; by default one.")
 @click.option(
     "--devices-per-process",
     "devices",
@@ -22,13 +22,7 @@ from ffjax.launch import Job, launch
 @click.option("--coordinator", metavar="HOST:PORT", help="Where process 0 listens, for a run on several hosts.")
 @click.option("--nnodes", "nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Hosts of the run.")
 @click.option("--node-rank", default=0, show_default=True, type=click.IntRange(min=0), help="Which this is.")
-@click.option(
-    "--detect",
-    is_flag=False,
-    flag_value="auto",
-    metavar="[METHOD]",
-    help="This is one process of a run that SLURM, MPI or Kubernetes started: JAX tells which (METHOD: its own name).",
-)
+@click.option("--detect", metavar="METHOD", help="How JAX detects the run, such as mpi4py; by default any way.")
 @click.option(
     "--timeout",
     "timeout_s",
@@ -50,7 +44,7 @@ def launch_command(
     ctx: click.Context,
     command: tuple[str, ...],
     module: bool,
-    processes: int,
+    processes: int | None,
     devices: int | None,
     cpu: bool,
     coordinator: str | None,
@@ -62,15 +56,17 @@ def launch_command(
 ) -> None:
     """Runs a script in several processes that are one JAX program; when one fails, all end.
 
-    On one host by default, where processes listen on loopback only. Options come before the script. The script needs no
-    line for it: what `jax.distributed.initialize` does is done when it starts.
+    With --processes on this host, where they listen on loopback only; with --coordinator and --nnodes on several, on
+    each of which it is called; without either, as one process of the run that SLURM, MPI or Kubernetes started, if JAX
+    detects one. Options come before the script. The script needs no line for it: what `jax.distributed.initialize` does
+    is done when it starts.
 
     \b
     ffjax launch --processes 2 --devices-per-process 2 --cpu train.py --steps 10
     ffjax launch --nnodes 4 --node-rank 0 --coordinator node-0:29400 train.py     # on each host, with its rank
-    srun ffjax launch --detect train.py
+    srun ffjax launch train.py
     """
-    if detect is not None and (coordinator or nodes > 1 or node_rank or processes > 1):
+    if detect is not None and (coordinator or nodes > 1 or node_rank or processes):
         raise click.UsageError("--detect asks JAX for what --coordinator, --nnodes, --node-rank and --processes say")
     if nodes > 1 and coordinator is None:
         raise click.UsageError("--nnodes needs --coordinator HOST:PORT, an address of host 0, the same on every host")

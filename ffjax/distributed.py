@@ -94,10 +94,11 @@ def initialize(
     if jax.distributed.is_initialized():
         return True
     if coordinator is None:
-        coordinator, processes, process_id, found = _detected(detect, timeout_s)
-        local_devices = found if local_devices is None else local_devices
-        if coordinator is None or processes == 1:
+        found = detected(detect, timeout_s)
+        if found is None:
             return False
+        coordinator, processes, process_id, devices = found
+        local_devices = devices if local_devices is None else local_devices
     if processes is None or process_id is None:
         raise DistributedError(
             f"coordinator={coordinator!r} with processes={processes} and process_id={process_id}. Remedy: give all "
@@ -168,14 +169,24 @@ def fail(why: str, status: int = 1) -> None:
         pass  # the coordinator is gone, which JAX tells the others
 
 
-def _detected(method: str | None, timeout_s: float) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+def detected(
+    method: str | None = None, timeout_s: float = START_S
+) -> tuple[str, int, int, Sequence[int] | None] | None:
+    """Coordinator, number of processes, this one's id and its accelerators, as SLURM, MPI or Kubernetes have it.
+
+    None where JAX detects no such run, or this is its only process. Raises DistributedError where it cannot tell.
+    """
     try:
-        return compat.detected_processes(method, timeout_s)
+        coordinator, processes, process_id, local_devices = compat.detected_processes(method, timeout_s)
     except Exception as error:  # what JAX's detection meets: sockets, Kubernetes' API, MPI
         raise DistributedError(
             f"JAX could not tell which process of which run this is: {error}. Remedy: mend that, or say it: "
-            "coordinator, processes and process_id (ffjax launch --coordinator HOST:PORT --nnodes N --node-rank K)."
+            "coordinator, processes and process_id (ffjax launch --coordinator HOST:PORT --nnodes N --node-rank K, or "
+            "--processes 1 for this one alone)."
         ) from error
+    if coordinator is None or processes is None or process_id is None or processes == 1:
+        return None
+    return coordinator, processes, process_id, local_devices
 
 
 # -- when one fails

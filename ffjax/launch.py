@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from ffjax.distributed import ENDED, LOST_S, START_S
+from ffjax.distributed import ENDED, LOST_S, START_S, detected
 from ffjax.worker import Start
 
 GRACE_S = 10.0
@@ -48,8 +48,8 @@ class Job:
     command: Sequence[str]
     """A script, or a module's name, and its arguments."""
     module: bool = False
-    processes: int = 1
-    """On this host."""
+    processes: int | None = None
+    """On this host; None for one, which joins the run that JAX detects, if it does."""
     devices: int | None = None
     """Of each process; None for all, or for one where there are several processes."""
     cpu: bool = False
@@ -59,7 +59,7 @@ class Job:
     nodes: int = 1
     node_rank: int = 0
     detect: str | None = None
-    """How JAX detects the run that this process is part of (`"auto"` or a method's name); None for no detection."""
+    """JAX's name for the way to detect it; None for any."""
     timeout_s: float = START_S
     lost_s: float = LOST_S
 
@@ -111,26 +111,33 @@ def launch(job: Job) -> int:
 
 
 def _starts(job: Job, pipe: int) -> list[Start]:
-    alone = job.coordinator is None and job.detect is None
-    coordinator = job.coordinator
-    if alone and job.processes > 1:
+    """How the processes of this host start: as said, or as detected, or alone."""
+    count = job.processes or 1
+    coordinator, total, first = job.coordinator, job.nodes * count, job.node_rank * count
+    each = job.devices or (1 if count > 1 else None)
+    devices = [None if each is None else list(range(i * each, (i + 1) * each)) for i in range(count)]
+    here_only = coordinator is None
+    if coordinator is None and count > 1:
         coordinator = f"127.0.0.1:{_free_port()}"
-    each = job.devices or (1 if job.processes > 1 else None)
+    if job.processes is None and coordinator is None and (found := detected(job.detect, job.timeout_s)):
+        coordinator, total, first, own = found
+        here_only = False
+        if job.devices is None:
+            devices = [None if own is None else list(own)]
     return [
         Start(
             coordinator=coordinator,
-            processes=None if job.detect else job.nodes * job.processes,
-            process_id=None if job.detect else job.node_rank * job.processes + index,
-            local_devices=None if job.cpu or each is None else list(range(index * each, (index + 1) * each)),
+            processes=total,
+            process_id=first + index,
+            local_devices=None if job.cpu else own_devices,
             cpu_devices=(each or 1) if job.cpu else None,
-            loopback=alone,
-            detect=None if job.detect == "auto" else job.detect,
+            loopback=here_only,
             timeout_s=job.timeout_s,
             lost_s=job.lost_s,
             parent_pipe=pipe,
             module=job.module,
         )
-        for index in range(job.processes)
+        for index, own_devices in enumerate(devices)
     ]
 
 
@@ -153,7 +160,7 @@ def _spawn(start: Start, command: Sequence[str], events: queue.SimpleQueue[_Chil
         pass_fds=[pipe],
         start_new_session=True,
     )
-    child = _Child(name=str(start.process_id) if start.process_id is not None else "-", popen=popen)
+    child = _Child(name=str(start.process_id), popen=popen)
     for source, target in ((popen.stdout, sys.stdout.buffer), (popen.stderr, sys.stderr.buffer)):
         assert source is not None
         child.last.append(collections.deque(maxlen=_KEPT))

@@ -26,15 +26,14 @@ class Start:
     """How one process starts."""
 
     coordinator: str | None
-    """None: as detected."""
-    processes: int | None
-    process_id: int | None
+    """None for a process alone."""
+    processes: int
+    process_id: int
     local_devices: list[int] | None
     cpu_devices: int | None
     """Fake CPU devices in place of accelerators; None for those that there are."""
     loopback: bool
     """Whether all processes are on this host, so that none listens to others."""
-    detect: str | None
     timeout_s: float
     lost_s: float
     parent_pipe: int
@@ -53,16 +52,15 @@ def main() -> None:
     if start.cpu_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", start.cpu_devices)
-    if start.loopback and start.processes != 1:
+    if start.loopback and start.processes > 1:
         compat.cpu_collectives_over("127.0.0.1")
     try:
-        if start.processes != 1:
+        if start.coordinator is not None:
             distributed.initialize(
                 start.coordinator,
                 start.processes,
                 start.process_id,
                 local_devices=start.local_devices,
-                detect=start.detect,
                 timeout_s=start.timeout_s,
                 lost_s=start.lost_s,
             )
