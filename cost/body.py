@@ -7,9 +7,10 @@ adds to. Elementwise ops that read each other are one kernel; other fused ones r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from ffjax.cost.latency_hiding import LOOP, Node, schedule
+from ffjax.cost.fusion import is_outer_product
+from ffjax.cost.latency_hiding import LOOP, Node
 from ffjax.cost.moves import Move
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.op_kinds import is_light, is_reduction
@@ -26,11 +27,20 @@ class Body:
       moves: the collectives.
       steps: for each step its ops, and what else its loops hold (negative).
       entering: the steps whose results are there from the start.
+      joins: whether kernels that read each other are joined, and reductions with what they reduce.
     """
 
     def __init__(
-        self, graph: Graph, kernel: Sequence[bool], moves: Moves, steps: Sequence[list[int]], entering: set[int]
+        self,
+        graph: Graph,
+        kernel: Sequence[bool],
+        moves: Moves,
+        steps: Sequence[list[int]],
+        entering: set[int],
+        *,
+        joins: bool,
     ) -> None:
+        self.joins = joins
         self.graph = graph
         self.moves = moves
         self.steps = steps
@@ -43,9 +53,12 @@ class Body:
         total = self.fill + self.count
         self.step_of = {op: i for i, items in enumerate(steps) for op in items if op >= 0}
         self.single = [graph.ops[items[0]] if len(items) == 1 else None for items in steps]
-        self.light = [op is not None and is_light(op) for op in self.single]
-        self.reduces = [op is not None and is_reduction(op) for op in self.single]
-        self.passes_twice = [op is not None and is_reduction(op) and not _in_rows(graph, op) for op in self.single]
+        self.light = [op is not None and (is_light(op) or is_outer_product(op)) for op in self.single]
+        self.reduces = [joins and op is not None and is_reduction(op) for op in self.single]
+        self.passes_twice = [
+            reduces and op is not None and not _in_rows(graph, op)
+            for reduces, op in zip(self.reduces, self.single, strict=True)
+        ]
         self.runs = [
             i not in entering and (op is None or (kernel[op.id] and not self.reduces[i]))
             for i, op in enumerate(self.single)
@@ -67,7 +80,7 @@ class Body:
     def start(self, move: int) -> int:
         return self.count + 2 * move
 
-    def order(self) -> list[int]:
+    def order(self, schedule: Callable[[Sequence[Node]], list[int]]) -> list[int]:
         """What runs, in order: ops; ~(2 * move) for its start, one less for its end; ~(2 * moves + op) for zeros."""
         kernels = self._kernels()
         reducing = _NOTHING.union(*(self.reads[i] for i in range(self.count) if self.reduces[i]))
@@ -157,6 +170,8 @@ class Body:
 
     def _kernels(self) -> dict[int, list[int]]:
         """The steps that run, by the first of those that are one kernel: elementwise ones of a shape that read it."""
+        if not self.joins:
+            return {k: [k] for k in range(self.count) if self.runs[k]}
         kernels: dict[int, list[int]] = {}
         head_of: dict[int, int] = {}
 

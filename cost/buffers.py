@@ -1,6 +1,6 @@
 """Which values are in memory, rather than inside a fusion, under one compiler.
 
-`ffjax.cost.kernels.materialised` says what any compiler has to keep; compilers differ in what else they store rather
+`ffjax.cost.fusion.materialised` says what any compiler has to keep; compilers differ in what else they store rather
 than compute again, and in what they compute as they read it.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ffjax.cost.compilers import Compiler
-from ffjax.cost.kernels import fusible_ops, materialised
-from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.cost.fusion import fusible_ops, materialised
+from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.op_kinds import is_reduction
 
 _EXPENSIVE = frozenset(["tanh", "log", "log1p", "expm1", "erf", "erfc", "erf_inv", "logistic", "pow", "sin", "cos"])
@@ -18,6 +18,12 @@ _CHEAP_PROLOGUE = 2
 """A dot takes in an elementwise operand of at most so many arrays: one large one and a bias."""
 _FEW = 8
 """Of kernels that read a value: more make no difference."""
+_REPEATED = frozenset(
+    ["abs", "add", "and", "ceil", "clamp", "convert_element_type", "floor", "max", "min", "mul", "neg", "not", "or"]
+    + ["round", "select_n", "sign", "sub", "xor", "add_any", "copy"]
+)
+"""What XLA computes again in each kernel that reads it (`InstructionFusion::IsExpensive`), if it reads one array."""
+_BROADCASTS = frozenset(["broadcast_in_dim", "iota"])
 _COMPARISONS = frozenset(["gt", "ge", "lt", "le", "eq", "ne"])
 """Masks are computed again from what they mask."""
 
@@ -73,22 +79,31 @@ def buffered(graph: Graph, compiler: Compiler, maps: Sequence[bool]) -> list[boo
 
 
 def _keep_shared(graph: Graph, in_memory: list[bool], readers: list[list[int]], maps: Sequence[bool]) -> None:
-    """Puts into memory what more than one kernel reads."""
-    kernel = [-1] * len(graph.values)  # the only kernel that a fused value is part of
+    """Puts into memory what more than one kernel reads, unless each computes it for itself.
+
+    That is done if it costs little and reads one array: then a kernel reads no more than it would have.
+    """
+    kernels: list[set[int]] = [set() for _ in graph.values]  # those that a value is read in
     for op in reversed(graph.ops):
         if not op.results or not (maps[op.id] or is_reduction(op)):
             continue
+        repeated = op.kind in _REPEATED and _arrays_read(graph, op) <= 1
         for value in op.results:
-            reading = set()
+            reading = kernels[value]
             for reader in readers[value]:
                 if graph.ops[reader].kind in _COMPARISONS:
                     continue
                 inside = [v for v in graph.ops[reader].results if not in_memory[v]]
-                fused = maps[reader] and inside
-                reading.add(kernel[inside[0]] if fused else reader)
-            if len(reading) > 1 and not graph.values[value].constant:
+                reading |= kernels[inside[0]] if maps[reader] and inside else {reader}
+            if len(reading) > 1 and not graph.values[value].constant and not repeated:
                 in_memory[value] = True
-            kernel[value] = min(reading, default=op.id)
+
+
+def _arrays_read(graph: Graph, op: Op) -> int:
+    """How many operands are arrays of the result's rank, rather than broadcast."""
+    rank = len(graph.values[op.results[0]].shape)
+    read = [graph.values[v] for v in op.operands if v != NO_VALUE and not graph.values[v].constant]
+    return sum(len(v.shape) >= rank and graph.ops[v.producer].kind not in _BROADCASTS for v in read)
 
 
 def _fuse_into_dots(graph: Graph, in_memory: list[bool], readers: list[list[int]], maps: Sequence[bool]) -> None:

@@ -16,7 +16,9 @@ class Compiler:
     """How one compiler schedules, fuses and allocates. The defaults follow the program to the letter."""
 
     runs_late: bool = False
-    """Ops run as late as their readers allow, rather than in the order of the program."""
+    """Ops run as late as their readers allow (`ffjax.cost.latency_hiding`), rather than in the order of the program."""
+    runs_early: bool = False
+    """Ops run as soon as what they read is there, in the order of how many come before (`ffjax.cost.breadth_first`)."""
     merges_remat: bool = False
     """Recomputation outside of loops is merged with the original: the barrier is dropped before common subexpressions
     are eliminated."""
@@ -42,17 +44,21 @@ class Compiler:
     """An elementwise kernel writes over an operand of its size that it is the last to read."""
     copies_updated: bool = False
     """A donated argument whose update transposes is copied before it is read for the first time."""
+    broadcasts_for_sums: bool = False
+    """Sums of products are a library's, which takes whole arrays: what is broadcast for one is stored broadcast."""
     pads_convolutions: bool = False
     """A convolution reads a padded copy of an image that it pads more on one side than on the other."""
     combined_bytes: float = 0.0
     """Reduce-scatters are combined up to so many bytes of results; what they reduce waits for the last of them."""
     fragmentation: float = 0.0
     """Bytes lost between temporaries, as a share of them."""
-    results_apart: float = 0.0
-    """The share of the buffers of new results in which temporaries do not fit before the results are there."""
+    results_apart: bool = False
+    """A result that replaces no argument has memory of its own from the start; until it is there, temporaries that are
+    no larger use that, one at a time."""
 
 
 XLA_CPU = Compiler(
+    runs_early=True,
     merges_remat=True,
     keeps_expensive=True,
     keeps_shared=True,
@@ -61,8 +67,9 @@ XLA_CPU = Compiler(
     reduces_out_of_place=True,
     slices_reductions=True,
     copies_gathered=True,
+    broadcasts_for_sums=True,
     fragmentation=0.02,
-    results_apart=0.35,
+    results_apart=True,
 )
 XLA_GPU = Compiler(
     runs_late=True,
@@ -75,7 +82,7 @@ XLA_GPU = Compiler(
     pads_convolutions=True,
     combined_bytes=30 * 2**20,  # xla_gpu_reduce_scatter_combine_threshold_bytes
     fragmentation=0.02,
-    results_apart=0.35,
+    results_apart=True,
 )
 TO_THE_LETTER = Compiler()
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from ffjax.cost.buffers import buffered, fused_gathers, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
-from ffjax.cost.merged_remat import merge_remat
+from ffjax.cost.merged_remat import has_remat, merge_remat
 from ffjax.cost.moves import Move
-from ffjax.cost.order import as_written, from_the_end, scope_spans
+from ffjax.cost.order import as_written, scheduled, scope_spans
+from ffjax.cost.other_forms import other_forms, replacing_ties
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.op_kinds import is_reduction
 
@@ -73,13 +74,20 @@ class Lifetimes:
             taken[value] = self.graph.values[value].bytes
         return taken
 
-    def summing(self, value: int, *, scattered: bool) -> tuple[int, int]:
-        """From when to when a value's partial sums are in memory beside the value."""
+    def partial_sums(self, value: int, *, scattered: bool) -> list[tuple[int, int]]:
+        """From when to when a value's partial sums are in memory beside the value, and what else their sum takes."""
         made = int(self.when[self.graph.values[value].producer])
         start, end = self.sums.get(value, (made + 1, made + 1))
-        if value in self.scattered and not scattered:
-            return min(made + 1, self.filled.get(value, made + 1)), end - 1
-        return min(made, self.filled.get(value, made)) if scattered else max(made, start - 1), max(made, end - 1)
+        while_summed = (max(made, start - 1), max(made, end - 1))
+        if scattered:
+            since = min(made, self.filled.get(value, made))
+            whole = [while_summed] if self.compiler.slices_reductions else []
+            return [(since, while_summed[1]), *whole]
+        if not self.compiler.reduces_out_of_place:
+            return []
+        if value in self.scattered:
+            return [(min(made + 1, self.filled.get(value, made + 1)), end - 1)]
+        return [while_summed]
 
     @property
     def op_at(self) -> NDArray[np.int64]:
@@ -99,24 +107,25 @@ def lifetimes(
       fused: what is fused, if that is known.
     """
     end = len(graph.ops)
+    planned = moves
     if compiler.merges_remat:
-        graph = merge_remat(graph)
-    if fused is None:
+        graph, moves = merge_remat(graph, moves)
+    if fused is None or (compiler.merges_remat and has_remat(graph)):
         maps = mapping_ops(graph)
         if compiler.fuses_gathers:
             maps = fused_gathers(graph, maps)
         fused = Fused(maps=maps, in_memory=buffered(graph, compiler, maps))
     maps, in_memory = fused.maps, fused.in_memory
-    if compiler.runs_late:
-        runs, under_way, filled = from_the_end(graph, in_memory, moves)
+    if compiler.runs_late or compiler.runs_early:
+        runs, under_way, filled = scheduled(graph, in_memory, moves, from_the_end=compiler.runs_late)
     else:
         runs, under_way, filled = as_written(graph), np.zeros((0, 2), dtype=np.int64), {}
     sums: dict[int, tuple[int, int]] = {}
     copies: dict[tuple[int, int], tuple[int, int]] = {}
     scattered: set[int] = set()
-    for move, (start, done) in zip(moves, under_way.tolist(), strict=False):
+    for asked, move, (start, done) in zip(planned, moves, under_way.tolist(), strict=False):
         if done >= 0 and move.readers:
-            copies.update(dict.fromkeys(move.readers, (start, done)))
+            copies.update(dict.fromkeys(asked.readers + move.readers, (start, done)))
         elif done >= 0:
             sums.update(dict.fromkeys(move.values, (start, done)))
             scattered.update(move.values if move.scatters else ())
@@ -130,7 +139,7 @@ def lifetimes(
     first_read = [end] * len(graph.values)
     stays = [False] * len(graph.values)
     untils = when.copy()
-    replacing = {graph.outputs[r] for _, r in _replacing(graph)}
+    replacing = {graph.outputs[r] for _, r in replacing_ties(graph)}
     # Backwards, so that what a fused value reads inherits the ops that read the fused value.
     for op in reversed(graph.ops):
         until = when[op.id]
@@ -145,7 +154,8 @@ def lifetimes(
         untils[op.id] = until
         for value in op.operands:
             if value != NO_VALUE:
-                last[value] = max(last[value], until)
+                # Who reads a copy needs the original no longer than it takes to make that.
+                last[value] = max(last[value], min(until, copies.get((value, op.id), (0, until))[1]))
                 first_read[value] = min(first_read[value], when[op.id])
     donated = _donated(graph)
     replaced = _replaced(graph)
@@ -184,13 +194,8 @@ def lifetimes(
             first[value] = at
     for op_id, at in filled.items():
         value = graph.ops[op_id].results[0]
-        if value not in sums:
+        if value not in scattered:
             first[value] = min(first[value], at)
-    copied = []
-    if compiler.copies_updated:
-        copied += _copied_arguments(graph, maps, when)
-    if compiler.pads_convolutions:
-        copied += _padded(graph, when)
     return Lifetimes(
         graph=graph,
         compiler=compiler,
@@ -203,7 +208,7 @@ def lifetimes(
         sums=sums,
         scattered=frozenset(scattered),
         filled={graph.ops[op].results[0]: at for op, at in filled.items()},
-        copied=copied,
+        copied=other_forms(graph, compiler, maps, when),
         copies=copies,
     )
 
@@ -241,57 +246,6 @@ def _written_over(
     return found
 
 
-def _copied_arguments(graph: Graph, maps: Sequence[bool], when: Sequence[int]) -> list[tuple[int, int, int, float]]:
-    """Donated arguments whose update transposes: it cannot write over what it reads, so a copy is read instead."""
-    found = []
-    offset = len(graph.program.closures)
-    for argument, result in _replacing(graph):
-        value = graph.ops[graph.arguments[argument + offset]].results[0]
-        updated = graph.ops[graph.outputs[result]].operands[0]
-        if updated == NO_VALUE or not _transposes(graph, maps, updated):
-            continue
-        reads = [op.id for op in graph.ops if value in op.operands and op.kind != "result"]
-        if reads:
-            found.append((value, min(when[op] for op in reads), max(when[op] for op in reads), 1.0))
-    return found
-
-
-def _transposes(graph: Graph, maps: Sequence[bool], value: int) -> bool:
-    """Whether a value is computed, element by element, from a transposed batched dot: others are folded."""
-    size = graph.values[value].bytes
-    stack, seen = [value], {value}
-    while stack:
-        op = graph.ops[graph.values[stack.pop()].producer]
-        if op.kind == "transpose":
-            made = graph.ops[graph.values[op.operands[0]].producer]
-            if made.kind == "dot_general" and made.eqn is not None and made.eqn.params["dimension_numbers"][1][0]:
-                return True
-        if maps[op.id]:
-            more = {v for v in op.operands if v != NO_VALUE and graph.values[v].bytes == size} - seen
-            seen |= more
-            stack += more
-    return False
-
-
-def _padded(graph: Graph, when: Sequence[int]) -> list[tuple[int, int, int, float]]:
-    """Images that convolutions read with more padding on one side: the libraries take those padded."""
-    spans: dict[int, tuple[int, int, float]] = {}
-    for op in graph.ops:
-        if op.kind != "conv_general_dilated" or op.eqn is None:
-            continue
-        padding, dilation = op.eqn.params["padding"], op.eqn.params["lhs_dilation"]
-        if all(low == high for low, high in padding) or any(d > 1 for d in dilation):
-            continue
-        value = op.operands[0]
-        spatial = [graph.values[value].shape[d] for d in op.eqn.params["dimension_numbers"].lhs_spec[2:]]
-        larger = 1.0
-        for size, (low, high) in zip(spatial, padding, strict=True):
-            larger *= 1 + max(0, low, high) / size
-        first, last, most = spans.get(value, (when[op.id], when[op.id], larger))
-        spans[value] = (min(first, when[op.id]), max(last, when[op.id]), max(most, larger))
-    return [(value, first, last, larger) for value, (first, last, larger) in spans.items()]
-
-
 def _carries(graph: Graph) -> set[int]:
     """The `enter` ops that bring in a carry's first value, rather than a constant or a stacked array."""
     return {op for pair in graph.ties for op, side, _ in pair if side == "result"}
@@ -301,11 +255,6 @@ def _donated(graph: Graph) -> list[bool]:
     return [False] * len(graph.program.closures) + list(graph.program.donated)
 
 
-def _replacing(graph: Graph) -> list[tuple[int, int]]:
-    """The ties whose argument is donated: the result takes over its buffer."""
-    return [(a, r) for a, r in graph.program.ties if graph.program.donated[a]]
-
-
 def _replaced(graph: Graph) -> set[int]:
     offset = len(graph.program.closures)
-    return {a + offset for a, _ in _replacing(graph)}
+    return {a + offset for a, _ in replacing_ties(graph)}

@@ -4,7 +4,7 @@
             + sum over reshardings alive at t                 of the copy's local bytes
             + sum over partial sums that wait to be reduced   of their local bytes
             + images beside their neighbours' edges               of their local bytes, where a window slides over them
-            + room for results that temporaries cannot use
+            + room for results, which have theirs from the start, less the temporaries that use it meanwhile
 
 `ffjax.cost.lifetimes` says when each value is alive, under the order and the fusions of the platform's compiler;
 sharding decides how large it is, and which copies of it there are. Every term is a value's bytes over the pieces that
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.compilers import Compiler
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.merged_remat import MERGED
 from ffjax.cost.moves import moves_of
+from ffjax.cost.result_buffers import in_result_buffers
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.halo import halos
 from ffjax.ir.layout import Layout
@@ -65,6 +65,8 @@ class MemoryModel:
         self.bytes = times.bytes()
         self.values = np.flatnonzero((times.first <= times.last) & (self.bytes > 0))
         self.last_at_home = _last_at_home(regions, times)
+        self.own_memory = np.append(times.new_results, [graph.ops[op].results[0] for op in graph.arguments])
+        """Arguments, and results that replace none: they are no temporaries."""
         groups: dict[Hashable, int] = {}
         self.homes: list[int] = []
         """For each group of values one of them."""
@@ -106,7 +108,7 @@ class MemoryModel:
     def under(self, layout: Layout) -> MemoryModel:
         """The model with the schedule that the compiler makes for a layout's collectives."""
         compiler = self.times.compiler
-        if not compiler.runs_late:
+        if not (compiler.runs_late or compiler.runs_early):
             return self
         times = lifetimes(self.graph, compiler, moves_of(layout, compiler), self.times.fused)
         return MemoryModel(self.regions, times, self.keys)
@@ -115,18 +117,29 @@ class MemoryModel:
         """The most bytes that are live on one device at once, and where."""
         held = self.held(layout)
         begins, ends, size = np.concatenate(held.first), np.concatenate(held.last), np.concatenate(held.sizes)
+        value, kinds = np.concatenate(held.values), np.concatenate(held.kinds)
+        size = np.where(self._in_result_buffers(value, kinds, begins, ends, size), 0.0, size)
         end = len(self.graph.ops)
         live = np.cumsum(np.bincount(begins, size, end + 2) - np.bincount(ends + 1, size, end + 2))
         at = int(np.argmax(live[: end + 1]))
         alive = np.flatnonzero((begins <= at) & (at <= ends))
         largest = alive[np.argsort(-size[alive], kind="stable")][:12]
-        value, kinds = np.concatenate(held.values), np.concatenate(held.kinds)
         named = tuple(
             (_PREFIX[kinds[i]] + describe(self.graph, int(value[i])), float(size[i])) for i in largest.tolist()
         )
         op = int(self.times.op_at[min(at, end - 1)])
         over_time = np.append(live[self.times.when], live[end])
         return Peak(bytes=float(live[at]), instant=at, op=op, live=named, over_time=over_time)
+
+    def _in_result_buffers(self, value: Ints, kinds: Ints, first: Ints, last: Ints, size: Floats) -> NDArray[np.bool_]:
+        """What of all that is held is in memory that a result will need later."""
+        found = np.zeros(len(value), dtype=np.bool_)
+        rooms = kinds == _ROOM
+        if rooms.any():
+            own = np.isin(value, self.own_memory) & (kinds == _HOME)
+            free = np.flatnonzero(~(rooms | own))
+            found[free] = in_result_buffers(size[rooms], last[rooms] + 1, size[free], first[free], last[free])
+        return found
 
     def held(self, layout: Layout) -> Held:
         """Everything that is in memory at some instant, from when to when, in local bytes."""
@@ -157,10 +170,10 @@ class MemoryModel:
             producer = self.graph.values[value].producer
             partial = layout.partial(value)
             scattered = partial != layout.home(value)
-            copies_ = sums_in_memory(compiler, scattered=scattered)
-            if copies_ and layout.partial_axes(producer):
-                made, until = np.array([times.summing(v, scattered=scattered) for v in reduced.tolist()]).T
-                held.add(_SUM, reduced, made, until, shard_count(partial, mesh) / copies_)
+            if layout.partial_axes(producer):
+                spans = [times.partial_sums(v, scattered=scattered) for v in reduced.tolist()]
+                for made, until in np.array(spans, dtype=np.int64).reshape(len(reduced), -1, 2).transpose(1, 2, 0):
+                    held.add(_SUM, reduced, made, until, shard_count(partial, mesh))
         for op, image in self.windows:
             if layout.exchanges(op):
                 spec = layout.operand(op, self.graph.ops[op].operands.index(image))
@@ -169,7 +182,7 @@ class MemoryModel:
         if compiler.results_apart:
             for value in times.new_results.tolist():
                 one, start, until = np.array([value]), np.zeros(1, dtype=np.int64), times.first[[value]] - 1
-                held.add(_ROOM, one, start, until, shard_count(layout.home(value), mesh) / compiler.results_apart)
+                held.add(_ROOM, one, start, until, shard_count(layout.home(value), mesh))
         for copied, since, until, larger in times.copied:
             larger_by = shard_count(layout.home(copied), mesh) / larger
             held.add(_COPY, np.array([copied]), np.array([since]), np.array([until]), larger_by)
@@ -244,13 +257,6 @@ def possible_sums(regions: Regions) -> list[int]:
     """Values that are partial sums where what their op reduces over is split."""
     last = [(region, regions.graph.ops[region.ops[-1]].results) for region in regions.regions]
     return [made[0] for region, made in last if region.solo and region.dims[-1].reduced and len(made) == 1]
-
-
-def sums_in_memory(compiler: Compiler, *, scattered: bool) -> int:
-    """How many times an op's partial sums are in memory while they are reduced, beside the result as it is made."""
-    if scattered:
-        return 2 if compiler.slices_reductions else 1
-    return 1 if compiler.reduces_out_of_place else 0
 
 
 def _last_at_home(regions: Regions, times: Lifetimes) -> Ints:

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.cost.body import Body, Moves
+from ffjax.cost.breadth_first import breadth_first
+from ffjax.cost.latency_hiding import schedule
 from ffjax.cost.moves import Move
 from ffjax.ir.graph import Graph, Op
 
@@ -24,15 +26,16 @@ def as_written(graph: Graph) -> NDArray[np.int64]:
     return np.arange(len(graph.ops), dtype=np.int64)
 
 
-def from_the_end(
-    graph: Graph, in_memory: Sequence[bool], moves: Sequence[Move] = ()
+def scheduled(
+    graph: Graph, in_memory: Sequence[bool], moves: Sequence[Move] = (), *, from_the_end: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, int]]:
-    """For each op when it runs under the latency-hiding scheduler, and from when to when each collective is under way.
+    """For each op when it runs under a compiler's scheduler, and from when to when each collective is under way.
 
     Args:
       graph: the program.
       in_memory: for each value whether a kernel leaves it there; an op that makes no such value runs in its readers'.
       moves: the collectives; those of values that no kernel waits for take no time.
+      from_the_end: whether XLA:GPU's latency-hiding scheduler is meant, or XLA:CPU's, which goes breadth first.
 
     Returns:
       The instants of the ops, [ops]; of the collectives, [moves, 2]: how many ops run before the start and the end;
@@ -58,7 +61,7 @@ def from_the_end(
     under_way = np.full((len(moves), 2), -1, dtype=np.int64)
     filled: dict[int, int] = {}
     at = 0
-    for item in _body(graph, kernel, Moves(moves), inside, _Span(0, len(graph.ops) - 1, (0,))):
+    for item in _body(graph, kernel, Moves(moves), inside, _Span(0, len(graph.ops) - 1, (0,)), from_the_end):
         if item >= 0:
             when[item] = at
             at += 1
@@ -84,7 +87,12 @@ class _Span:
 
 
 def _body(
-    graph: Graph, kernel: Sequence[bool], moves: Moves, inside: dict[tuple[int, int], list[_Span]], span: _Span
+    graph: Graph,
+    kernel: Sequence[bool],
+    moves: Moves,
+    inside: dict[tuple[int, int], list[_Span]],
+    span: _Span,
+    from_the_end: bool,
 ) -> list[int]:
     """One body in the order in which it runs, as `Body.order` has it. A loop inside it is one step."""
     steps: list[list[int]] = []
@@ -92,14 +100,15 @@ def _body(
     at = span.first
     while at <= span.last:
         bodies = [body for s in span.scopes for body in inside.get((s, at), ())]
-        items = [item for body in bodies for item in _body(graph, kernel, moves, inside, body)] or [at]
+        items = [item for body in bodies for item in _body(graph, kernel, moves, inside, body, from_the_end)] or [at]
         ops = [item for item in items if item >= 0]
         step_of.update(dict.fromkeys(ops, len(steps)))
         steps.append(items)
         at += len(ops)
     # Arguments are there from the start, and so is what enters a body.
     border = graph.arguments if span.scopes == (0,) else [op for s in span.scopes for op in graph.scopes[s].enter]
-    return Body(graph, kernel, moves, steps, {step_of[op] for op in border}).order()
+    body = Body(graph, kernel, moves, steps, {step_of[op] for op in border}, joins=from_the_end)
+    return body.order(schedule if from_the_end else breadth_first)
 
 
 def scope_spans(graph: Graph) -> list[tuple[int, int]]:

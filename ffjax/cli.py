@@ -28,6 +28,7 @@ from ffjax.cost.simulation.timeline import writer
 from ffjax.demo import agree, report, run_demo, verdict
 from ffjax.errors import FfjaxError
 from ffjax.explain import short_source
+from ffjax.options import FINALISTS, NEVER, SearchOptions
 from ffjax.pareto import front_of
 from ffjax.pareto import writer as front_writer
 from ffjax.plan import Plan
@@ -91,9 +92,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def _planned(
-    asked: Question, strategy: str, progress: Callable[[str, float], None], *, verify: str = planner.NEVER
-) -> Plan:
+def _planned(asked: Question, strategy: str, progress: Callable[[str, float], None], *, verify: str = NEVER) -> Plan:
     return planner.plan(
         asked.target.step,
         *asked.target.args,
@@ -116,15 +115,15 @@ def _search(asked: Question, strategy: str, progress: Callable[[str, float], Non
     else:
         target = asked.target
         program = planner.trace_step(target.step, target.args, {}, donate_argnums=asked.donate, remat=asked.remat)
-    return planner.ProgramSearch(
-        program,
+    options = SearchOptions(
         cluster=asked.cluster,
         memory=asked.memory,
         strategy=strategy,
         mesh=asked.mesh,
-        pins=asked.pins or None,
+        pins=asked.pins,
         progress=progress,
     )
+    return planner.ProgramSearch(program, options)
 
 
 # -- commands
@@ -158,7 +157,7 @@ def plan(asked: Question, strategy: str, out: str | None, verify: bool, pareto: 
         found = _front(asked, strategy, pareto)
     else:
         with _progress() as tell:
-            found = _planned(asked, strategy, tell, verify=planner.FINALISTS if verify else planner.NEVER)
+            found = _planned(asked, strategy, tell, verify=FINALISTS if verify else NEVER)
         click.echo(found.explain(details=details), nl=False)
     if out is not None:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.cost.lifetimes import Lifetimes
-from ffjax.cost.memory import MemoryModel, Peak, possible_sums, sums_in_memory
+from ffjax.cost.memory import MemoryModel, Peak, possible_sums
 from ffjax.cost.merged_remat import MERGED
 from ffjax.ir.assignment import UNUSED, spec_of
 from ffjax.ir.halo import exchanges, halos
@@ -93,8 +93,9 @@ def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
 
     for value in np.flatnonzero((times.first <= at) & (at <= times.last)).tolist():
         hold(value, float(taken[value]))
-    for value in times.new_results[at < times.first[times.new_results]].tolist():
-        hold(value, float(taken[value]) * times.compiler.results_apart)
+    if times.compiler.results_apart:
+        for value in times.new_results[at < times.first[times.new_results]].tolist():
+            hold(value, float(taken[value]))
     for value, since, until, larger in times.copied:
         if since <= at <= until:
             hold(value, float(taken[value]) * larger)
@@ -147,9 +148,9 @@ def _add_sums(
         copies = np.zeros(len(entry.candidates))
         for index, candidate in enumerate(entry.candidates):
             scatters = any(d != UNUSED for d in candidate.scatter)
-            since, until = times.summing(value, scattered=scatters)
-            if any(a in region.dims[-1].reduced for a in candidate.atoms) and since <= at <= until:
-                copies[index] = sums_in_memory(times.compiler, scattered=scatters)
+            if any(a in region.dims[-1].reduced for a in candidate.atoms):
+                spans = times.partial_sums(value, scattered=scatters)
+                copies[index] = sum(since <= at <= until for since, until in spans)
         if not copies.any():
             continue
         sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ffjax
+from ffjax import sharded as sharded_module
 from ffjax.testing import assert_same_numerics
-
-# The function of the same name hides the module.
-autoshard_module = sys.modules["ffjax.autoshard"]
 
 Tree = dict[str, Any]
 MESH = {"x": 4, "y": 2}
@@ -59,8 +56,8 @@ class Counted:
 
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counted = Counted(autoshard_module.plan_program)
-    monkeypatch.setattr(autoshard_module, "plan_program", counted)
+    counted = Counted(sharded_module.plan_program)
+    monkeypatch.setattr(sharded_module, "plan_program", counted)
     return counted
 
 
