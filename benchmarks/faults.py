@@ -175,12 +175,6 @@ def cases(folder: Path) -> list[Case]:
         Case(name="code", what="other code in one process", limit="at once", hosts=local("code")),
         Case(name="shapes", what="a batch of another size in one process", limit="at once", hosts=local("shapes")),
         Case(name="options", what="another strategy in one process", limit="at once", hosts=local("options")),
-        Case(
-            name="data",
-            what="other data in one process, where all were to pass the same",
-            limit="at once",
-            hosts=local("data"),
-        ),
         Case(name="order", what="one process does not come to the plan", limit="--timeout 10", hosts=local("order")),
         Case(
             name="order 0",

@@ -45,8 +45,6 @@ def main() -> None:
     if fault == "order" and wrong:
         time.sleep(3600)
     plan = step.plan(jax.eval_shape(train.init, jax.random.key(0)), batch)
-    if fault == "data" and wrong:
-        batch["x"] = batch["x"] + 1
     state = step.init(train.init, jax.random.key(0))
     for i in range(STEPS):
         if wrong and i == 3:

@@ -107,7 +107,6 @@ def initialize(
     me = Member(process_id=process_id, processes=processes, host=socket.gethostname(), versions=versions())
     left_s = deadline(timeout_s)
     meet(coordinator, me, timeout_s=timeout_s)
-    host, port = split_address(coordinator)
     jax.distributed.initialize(
         coordinator,
         processes,
@@ -117,7 +116,7 @@ def initialize(
         initialization_timeout=max(10, round(left_s())),
         heartbeat_timeout_seconds=max(1, round(lost_s)),
         shutdown_timeout_seconds=max(1, round(timeout_s)),
-        coordinator_bind_address=coordinator if host in LOOPBACK else f"[::]:{port}",
+        coordinator_bind_address=coordinator if split_address(coordinator)[0] in LOOPBACK else None,
     )
     _watch(process_id, processes, timeout_s, lost_s)
     return True

@@ -92,7 +92,7 @@ def launch(job: Job) -> int:
     Returns 0, or the exit status of the process that failed first (128 and the signal's number for one that a signal
     ended, or if one ended the launcher), after a message with its last lines. All processes have ended by then.
     """
-    # An object of the main thread: what a handler may put into, and a thread.
+    # What a signal's handler may put into, while a thread does.
     events: queue.SimpleQueue[_Child | int] = queue.SimpleQueue()
     before = {s: signal.signal(s, lambda number, frame: events.put(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     reader, writer = os.pipe()
@@ -185,7 +185,7 @@ def _wait(child: _Child, events: queue.SimpleQueue[_Child | int]) -> None:
     child.ended_s = time.monotonic()
     _signal(child, signal.SIGKILL)  # what it started
     for pump in child.pumps:
-        pump.join()
+        pump.join(_SETTLE_S)  # what left the session may hold the output open
     child.status = status if status >= 0 else 128 - status
     events.put(child)
 
@@ -258,5 +258,7 @@ def _meaning(said: str) -> str:
 
 def _signal(child: _Child, number: signal.Signals) -> None:
     """To a process and all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone
+    if child.status is not None:
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # just gone
         os.killpg(child.popen.pid, number)

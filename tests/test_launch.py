@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from ffjax import launch as launching
 from ffjax.cli import main
+from ffjax.cli_launch import launch_command
 from ffjax.distributed import ENDED, detected
 from ffjax.examples.launch import train
 from ffjax.launch import Job
@@ -230,6 +231,17 @@ def test_options_that_do_not_go_together(args: list[str], message: str) -> None:
     result = CliRunner().invoke(main, ["launch", *args])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_example_scripts_give_options_that_there_are() -> None:
+    folder = Path(TRAIN).parent
+    (slurm,) = re.findall(r"\nsrun ffjax launch (.*)", folder.joinpath("slurm.sbatch").read_text())
+    job = folder.joinpath("kubernetes.yaml").read_text().replace("$(JOB_COMPLETION_INDEX)", "1")
+    pods = re.findall(r"- (--\S+|examples\S+)", job)
+    for args in (slurm.split(), pods):
+        context = launch_command.make_context("launch", list(args))
+        assert context.params["command"][0] == "examples/launch/train.py"
+        assert context.params["timeout_s"] == 600
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 import ffjax
 
@@ -50,16 +49,10 @@ def rows(step: int, which: np.ndarray) -> dict[str, np.ndarray]:
     return {"x": x, "y": np.abs(x[:, :CLASSES]).argmax(axis=1).astype(np.int32)}
 
 
-def load(step: int, shapes, shardings):
-    """The batch of one step, of which this process makes what its devices hold."""
-
-    def make(name: str) -> jax.Array:
-        shape, numbers = shapes[name].shape, np.arange(shapes[name].shape[0])
-        return jax.make_array_from_callback(
-            shape, shardings[name], lambda index: rows(step, numbers[index[0]])[name][(slice(None), *index[1:])]
-        )
-
-    return {name: make(name) for name in shapes}
+def own_rows(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Numbers of the rows that the devices of this process hold."""
+    pieces = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    return np.unique(np.concatenate([np.arange(leaf.shape[0])[index[0]] for index in pieces]))
 
 
 def main() -> None:
@@ -81,11 +74,11 @@ def main() -> None:
     if first:
         print(f"{jax.process_count()} processes, {jax.device_count()} devices, mesh {plan.mesh_shape}")
     state = step.init(init, key)
-    mesh = Mesh(np.array(jax.devices()).reshape(plan.mesh.sizes), plan.mesh.axes)
-    shardings = {name: NamedSharding(mesh, plan.spec(f"batch/{name}")) for name in shapes}
+    own = {name: own_rows(leaf) for name, leaf in step.abstract_state(shapes, "batch").items()}
     began = time.perf_counter()
     for i in range(args.steps):
-        state, loss = step(state, load(i, shapes, shardings))
+        batch = step.place_batch({name: rows(i, own[name])[name] for name in shapes})
+        state, loss = step(state, batch)
         if first:
             print(f"step {i + 1:4d}  loss {float(loss):.6f}  {time.perf_counter() - began:.1f} s")
 
