@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from ffjax.distributed import ENDED, LOST_S, START_S, detected
+from ffjax.rendezvous import split_address
 from ffjax.worker import Start
 
 GRACE_S = 10.0
@@ -151,6 +152,10 @@ def _spawn(start: Start, command: Sequence[str], events: queue.SimpleQueue[_Chil
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if start.loopback:
         environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if start.coordinator is not None:
+        # gRPC takes an HTTP proxy for every host but these, and then JAX never reaches its coordinator.
+        direct = [environment.get("no_grpc_proxy") or environment.get("no_proxy", "")]
+        environment["no_grpc_proxy"] = ",".join([*filter(None, direct), split_address(start.coordinator)[0]])
     popen = subprocess.Popen(
         [sys.executable, "-m", "ffjax.worker", start.to_json(), *command],
         stdin=subprocess.DEVNULL,

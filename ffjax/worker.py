@@ -5,6 +5,7 @@ python -m ffjax.worker START.json-text script.py args...
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -56,6 +57,8 @@ def main() -> None:
         compat.cpu_collectives_over("127.0.0.1")
     try:
         if start.coordinator is not None:
+            with contextlib.suppress(AttributeError):  # a JAX that has no such option
+                jax.config.update("jax_check_proxy_envs", False)  # the launcher sees to proxies
             distributed.initialize(
                 start.coordinator,
                 start.processes,

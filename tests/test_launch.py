@@ -114,7 +114,9 @@ def test_a_script_runs_as_it_does_alone_and_listens_on_loopback_only(tmp_path: P
                 if row[3] == "0A" and f"socket:[{row[9]}]" in inodes:
                     print("listens", row[1].partition(":")[0])
     """
-    status, output = ended(started(["--processes", "2", "--cpu", script(tmp_path, text), "--lr", "0.1"]))
+    command = ["--processes", "2", "--cpu", script(tmp_path, text), "--lr", "0.1"]
+    # A proxy that is for other hosts only.
+    status, output = ended(started(command, http_proxy="http://127.0.0.1:9", no_proxy=""))
     assert status == 0, output
     assert sorted(re.findall(r"\[(\d)\] sum 3.0 \['--lr', '0.1'\] __main__", output)) == ["0", "1"]
     # 127.0.0.1, and the same written as an IPv6 address.
