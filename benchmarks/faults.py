@@ -318,7 +318,8 @@ def main() -> None:
                 *details,
             ]
         )
-        Path(args.out).write_text(text.replace(str(ROOT), "..."), encoding="utf-8")
+        text = re.sub(r'"/[^"]*/site-packages/', '"', text.replace(f"{ROOT}/", ""))
+        Path(args.out).write_text(text, encoding="utf-8")
 
 
 _TELLING = (

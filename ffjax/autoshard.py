@@ -88,6 +88,8 @@ def autoshard(
     >>> float(total)
     32.0
     """
+    if isinstance(step, Sharded):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # of functools.update_wrapper
     if step is not None and not callable(step):
         raise TraceError(f"autoshard was given {step!r}, which cannot be called. Remedy: give it the step's function.")
     options = StepOptions(

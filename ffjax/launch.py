@@ -236,7 +236,7 @@ def _report(child: _Child, count: int, after_s: float) -> str:
     if status > 128:
         how = signal.Signals(status - 128).name
         if status - 128 == signal.SIGKILL:
-            how += ", as when memory runs out"
+            how += " (as when memory runs out)"
     others = {1: "", 2: "; the other process on this host was ended"}.get(
         count, f"; the other {count - 1} processes on this host were ended"
     )

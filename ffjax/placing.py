@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ffjax.errors import PlanError
+from ffjax.errors import PlanError, TraceError
 from ffjax.ir.compat import is_extended
 
 Box = tuple[tuple[int, int], ...]
@@ -33,7 +33,13 @@ def place(array: Any, sharding: NamedSharding, *, alias: bool = True) -> jax.Arr
 
     Raises:
       PlanError: where pieces would have to go to another process that has no part in the array's devices.
+      TraceError: for a tracer.
     """
+    if isinstance(array, jax.core.Tracer):
+        raise TraceError(
+            f"a step under ffjax.autoshard was called with a traced {array.aval}, inside jax.jit or another "
+            "transformation. Remedy: transform the function that autoshard was given; autoshard compiles it by itself."
+        )
     if isinstance(array, jax.Array):
         return array if array.sharding == sharding else move(array, sharding, alias=alias)
     if sharding.is_fully_addressable or np.ndim(array) == 0:

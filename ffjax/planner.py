@@ -69,6 +69,12 @@ def plan(
 
     Raises:
       TraceError, ClusterError, PinError, BudgetError, PlanError: each names the input and the remedy.
+
+    >>> import jax, jax.numpy as jnp
+    >>> w, x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32), jax.ShapeDtypeStruct((65536, 4096), jnp.float32)
+    >>> found = plan(lambda w, x: w - x.T @ (x @ w), w, x, cluster=Cluster.named("h100", hosts=2), strategy="fsdp")
+    >>> found.devices, sorted(c.kind for c in found.estimate.collectives)
+    (16, ['all_gather', 'reduce_scatter'])
     """
     began = time.perf_counter()
     options = SearchOptions(
@@ -110,7 +116,11 @@ def call_of(
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
 ) -> nnx.Call:
-    """A step and its arguments as a function of arrays."""
+    """A step and its arguments as a function of arrays; of a step under `autoshard` what is under it."""
+    from ffjax.sharded import Sharded
+
+    if isinstance(step, Sharded):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # of functools.update_wrapper
     static = argnums(static_argnums, len(args), "static_argnums")
     donated = argnums(donate_argnums, len(args), "donate_argnums")
     return nnx.as_function(step, args, kwargs, static, donated)

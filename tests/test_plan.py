@@ -216,6 +216,17 @@ def test_diff_is_empty_for_equals_and_names_what_changed() -> None:
     assert any(line.startswith("+ mesh: {'x': 8}") for line in plan.diff(planned(mesh={"x": 8})).splitlines())
 
 
+def test_diff_pairs_decisions_of_one_line() -> None:
+    """A pin changes the keys of what is around it, though not what is decided there."""
+    plan = planned()
+    pinned = planned(pins={"batch/x": plan.spec("batch/x")})
+    assert {d.key for d in plan.decisions} != {d.key for d in pinned.decisions}
+    assert plan.diff(pinned) == ""
+    moved = dataclasses.replace(pinned, decisions=pinned.decisions[1:])
+    assert [line[:1] for line in plan.diff(moved).splitlines()] == ["-", "+"]
+    assert "absent" in plan.diff(moved)
+
+
 def test_pins_fix_what_they_name_and_the_rest_is_searched() -> None:
     plan = planned(pins={"params/**/kernel": P(None, "x")})
     free = planned()
