@@ -73,9 +73,6 @@ def main() -> None:
     """
 
 
-main.add_command(launch_command)
-
-
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
     """A bar on standard error, so that standard output is the result alone; none where that is no terminal."""
@@ -421,6 +418,8 @@ def demo(ctx: click.Context, config: str, steps: int, count: int) -> None:
     console.print(verdict(runs), style="bold")
     ctx.exit(0 if agree(runs) else 1)
 
+
+main.add_command(launch_command)
 
 if __name__ == "__main__":
     main()

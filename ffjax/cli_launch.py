@@ -8,7 +8,11 @@ from ffjax.distributed import LOST_S, START_S
 from ffjax.launch import Job, launch
 
 
-@click.command("launch", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(
+    "launch",
+    short_help="Runs a script in several processes.",
+    context_settings={"allow_interspersed_args": False},  # the script's own options
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SCRIPT.py [ARGS]...")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m.")
 @click.option("--processes", type=click.IntRange(min=1), help="On this host; by default one.")

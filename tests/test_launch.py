@@ -226,6 +226,7 @@ def test_alone_there_is_no_coordinator() -> None:
         (["--nnodes", "2", "--node-rank", "2", "--coordinator", "a:1", "train.py"], "ranks count from 0"),
         (["--detect", "mpi4py", "--processes", "2", "train.py"], "--detect asks JAX for what"),
         (["--processes", "0", "train.py"], "0 is not in the range"),
+        (["--process", "2", "--cpus", "train.py"], "No such option"),
         ([], "Missing argument"),
     ],
 )
