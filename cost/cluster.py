@@ -11,6 +11,7 @@ import importlib.util
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -249,20 +250,23 @@ class Cluster:
 
     @classmethod
     def local(cls, devices: Sequence[jax.Device] | None = None) -> Cluster:
-        """What is attached here: `jax.devices()` of the default backend, or some of them, one host for each process.
+        """What is attached here: `jax.devices()` of the default backend, or some of them.
 
-        A device's memory is what its allocator may take, where that is known. On one host, what `ffjax profile`
-        measured here with this jax is used; several hosts must agree on their costs, so there pass `with_profile` the
-        same file on each. Raises ClusterError for a kind of device that no shipped cluster describes.
+        Each process is a host; where each has one GPU, those are that XLA takes for one host's. A device's memory is
+        what its allocator may take, where that is known. On one host, what `ffjax profile` measured here with this jax
+        is used; several hosts must agree on their costs, so there pass `with_profile` the same file on each. Raises
+        ClusterError for a kind of device that no shipped cluster describes.
         """
         import jax
 
         devices = jax.devices() if devices is None else devices
-        hosts = len({d.process_index for d in devices})
-        if len(devices) % hosts:
+        counts = Counter(hosts_of(devices))
+        hosts = len(counts)
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(map(str, counts.values()))
             raise ClusterError(
-                f"{len(devices)} devices on {hosts} processes: not the same number on each; describe it in a TOML file "
-                "and pass Cluster.load(path)"
+                f"{len(devices)} devices on {hosts} hosts: not the same number on each ({listed}); use as many on each "
+                "(devices=), or describe it in a TOML file and pass Cluster.load(path)"
             )
         kind = devices[0].device_kind
         for name in cls.names():
@@ -324,6 +328,24 @@ class Cluster:
                 "its version must match jaxlib's; run: pip install --upgrade 'ffjax[gpu-compile]'"
             ) from e
         return tuple(topology.devices)
+
+
+def hosts_of(devices: Sequence[jax.Device]) -> list[int]:
+    """For each device the host that it is on: its process, or, where each process has one GPU, its slice.
+
+    A slice is what XLA calls GPUs whose hosts say that they were booted as one.
+    """
+    processes = [d.process_index for d in devices]
+    if devices[0].platform != "gpu" or len(set(processes)) < len(processes):
+        return processes
+    return [getattr(d, "slice_index", d.process_index) for d in devices]
+
+
+def by_host(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Devices with those of a host side by side, as the inner axes of a mesh take them."""
+    hosts = hosts_of(devices)
+    order = sorted(range(len(devices)), key=lambda i: (hosts[i], devices[i].process_index, devices[i].id))
+    return [devices[i] for i in order]
 
 
 def _as_measured_here(cluster: Cluster) -> Cluster:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 import ffjax
 from ffjax import planner, verifying
+from ffjax.cli_launch import launch_command
 from ffjax.cli_options import LOCAL, Question, cluster_named, settings_of, with_question
 from ffjax.cli_profile import cases_for, check_kinds, here_as, run_profile
 from ffjax.comparing import HEADER
@@ -417,6 +418,8 @@ def demo(ctx: click.Context, config: str, steps: int, count: int) -> None:
     console.print(verdict(runs), style="bold")
     ctx.exit(0 if agree(runs) else 1)
 
+
+main.add_command(launch_command)
 
 if __name__ == "__main__":
     main()

@@ -39,6 +39,10 @@ class RuleError(FfjaxError):
     """An op sharding rule that cannot be read, or that is registered twice."""
 
 
+class DistributedError(FfjaxError, RuntimeError):
+    """Processes of one run that do not come together, differ from each other, or were lost."""
+
+
 class HloError(FfjaxError, ValueError):
     """A compiled program, or the text of one, that cannot be read."""
 

@@ -13,14 +13,19 @@ from ffjax.strategies.families import family_keys
 
 def fingerprint(regions: Regions, keys: Sequence[str] | None = None) -> str:
     """A hash of what a plan depends on: the ops, shapes, dtypes and how they are connected."""
-    digest = hashlib.blake2b(digest_size=12)
+    hashed = hashlib.blake2b(digest_size=12)
     for key in family_keys(regions) if keys is None else keys:
-        digest.update(key.encode())
+        hashed.update(key.encode())
     for leaf in regions.graph.program.args + regions.graph.program.results:
-        digest.update(str(leaf).encode())
-    return digest.hexdigest()
+        hashed.update(str(leaf).encode())
+    return hashed.hexdigest()
 
 
 def program_fingerprint(program: Program) -> str:
     """The fingerprint of a program that is not analysed yet."""
     return fingerprint(find_regions(build_graph(program)))
+
+
+def digest(content: object) -> str:
+    """A short hash of how something is written."""
+    return hashlib.blake2b(repr(content).encode(), digest_size=10).hexdigest()

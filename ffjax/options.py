@@ -11,6 +11,7 @@ import jax
 
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import PlanError
+from ffjax.fingerprint import digest
 from ffjax.ir.compat import AS_WRITTEN
 from ffjax.pins import Pins
 from ffjax.plan import Plan
@@ -59,6 +60,16 @@ class StepOptions:
     static_argnums: int | Sequence[int]
     donate_argnums: int | Sequence[int]
     devices: Sequence[jax.Device] | None
+
+    def facts(self) -> dict[str, str]:
+        """By name, what the processes of a run must be given alike to run the same plan."""
+        search = self.search
+        return {
+            "cluster": "the local one" if search.cluster is None else digest(search.cluster),
+            "devices=": "all" if self.devices is None else str([device.id for device in self.devices]),
+            "plan=": "none" if self.plan is None else digest(self.plan.to_json()),
+            **{name: str(getattr(search, name)) for name in ("memory", "strategy", "mesh", "pins", "verify", "remat")},
+        }
 
     def check(self) -> None:
         """Raises PlanError for an option that is none, and for options of a search beside a plan."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.estimate import Estimate
+from ffjax.cost.profiles.files import replace_file
 from ffjax.cost.simulation.limits import Limits
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.emit.emit import partition_spec
@@ -291,18 +291,17 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON; a reader never sees half a file."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(self.to_json())
-        os.chmod(file.name, 0o644)  # temporary files are private
-        os.replace(file.name, target)
+        replace_file(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads a plan; raises PlanError that names the file if it is missing, damaged or of another format."""
         try:
             text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PlanError(
+                f"the plan {os.fspath(path)!r} is damaged: {error}. Remedy: restore the file, or search the plan again."
+            ) from error
         except OSError as error:
             raise PlanError(
                 f"cannot read the plan {os.fspath(path)!r}: {error.strerror}. Remedy: check the path."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import FfjaxWarning, PlanError
-from ffjax.fingerprint import program_fingerprint
+from ffjax.fingerprint import digest, program_fingerprint
 from ffjax.ir.trace import Program
 from ffjax.options import SearchOptions
 from ffjax.plan import Plan
@@ -33,14 +32,13 @@ def cached_plan(
       bind: puts a loaded plan on the program; raises PlanError for one that does not fit it.
       search: makes the new one.
     """
-    asked = repr((program_fingerprint(program), options.key(cluster)))
-    digest = hashlib.blake2b(asked.encode(), digest_size=10).hexdigest()
-    path = Path(folder) / f"{program.name}-{digest}.json"
+    asked = (program_fingerprint(program), options.key(cluster))
+    path = Path(folder) / f"{program.name}-{digest(asked)}.json"
     if path.exists():
         try:
             return bind(Plan.load(path))
         except PlanError as error:
-            warnings.warn(f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=6)
+            warnings.warn(f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=7)
     found = search()
     try:
         found.save(path)
@@ -49,6 +47,6 @@ def cached_plan(
             f"the plan could not be put into cache={os.fspath(folder)!r}: {error.strerror}. Remedy: name a folder that "
             "can be written.",
             FfjaxWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
     return found

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ffjax import nnx
-from ffjax.cost.cluster import Cluster
+from ffjax.agreement import agreed_plan
+from ffjax.cost.cluster import Cluster, by_host
 from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import jitted
 from ffjax.errors import ClusterError, PlanError
@@ -195,7 +196,7 @@ class Sharded:
         return nnx.as_function(self._step, args, kwargs, static, donated)
 
     def _devices(self) -> Sequence[jax.Device]:
-        return jax.devices() if self._options.devices is None else self._options.devices
+        return by_host(jax.devices()) if self._options.devices is None else self._options.devices
 
     def _check_devices(self) -> None:
         """Raises ClusterError before a search whose plan could not run here."""
@@ -226,7 +227,10 @@ class Sharded:
         if signature not in self._entries:
             given, remat = self._options.plan, self._options.search.remat
             program = trace_call(call, remat if given is None else given.remat)
-            found = self._known(call, program) if given is None else bind_program(given, program)
+            if given is None:
+                found = self._known(call, program)
+            else:
+                found = self._agreed(call, program, functools.partial(bind_program, given, program))
             self._entries[signature] = _Entry(plan=found, program=found.bound.graph.program)
         return self._entries[signature]
 
@@ -238,7 +242,16 @@ class Sharded:
             for entry in self._entries.values():
                 if (entry.plan.remat, entry.plan.fingerprint) == (same.remat, wanted):
                     return bind_program(entry.plan, same)
-        return self._cached(call, program)
+        return self._agreed(call, program, functools.partial(self._cached, call, program))
+
+    def _agreed(self, call: nnx.Call, program: Program, find: Callable[[], Plan]) -> Plan:
+        """The plan that all processes of a run use: one of them finds it, the others take what it found."""
+        return agreed_plan(
+            program,
+            self._options.facts(),
+            find=find,
+            bind=lambda plan: bind_program(plan, under(call, program, plan.remat)),
+        )
 
     def _runner(self, entry: _Entry) -> _Runner:
         if entry.runner is None:

@@ -102,7 +102,9 @@ def devices_for(cluster: Cluster) -> tuple[jax.Device, ...]:
     """
     here = tuple(jax.devices())
     kind = here[0].device_kind.lower()
-    if len(here) >= cluster.devices and any(part.lower() in kind for part in cluster.device.kind_matches):
+    # XLA:GPU tunes a program on all processes that compile it; here one compiles alone.
+    alone = jax.process_count() > 1 and here[0].platform == "gpu"
+    if not alone and len(here) >= cluster.devices and any(p.lower() in kind for p in cluster.device.kind_matches):
         return here[: cluster.devices]
     if cluster.device.platform == "gpu":
         return cluster.compile_only_devices()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffjax.cost.cluster import Cluster, parse_bytes
+from ffjax.cost.cluster import Cluster, by_host, parse_bytes
 from ffjax.cost.meshes import AxisGroup, axis_group, candidate_meshes
 from ffjax.cost.roofline import op_seconds
 from ffjax.errors import ClusterError
@@ -224,9 +224,12 @@ def test_parse_bytes_refuses(text: str | float) -> None:
 
 
 class _FakeDevice:
-    def __init__(self, kind: str, limit: int | None, process_index: int) -> None:
+    def __init__(self, kind: str, limit: int | None, process_index: int, index: int = 0, slice_index: int = 0) -> None:
         self.device_kind = kind
+        self.platform = "cpu" if kind == "cpu" else "gpu"
         self.process_index = process_index
+        self.id = index
+        self.slice_index = slice_index
         self._limit = limit
 
     def memory_stats(self) -> dict[str, int] | None:
@@ -276,7 +279,7 @@ def test_local_of_an_unknown_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_local_with_uneven_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     _attach(monkeypatch, "cpu", 5, processes=2)
-    with pytest.raises(ClusterError, match=r"5 devices on 2 processes.*Cluster\.load\(path\)"):
+    with pytest.raises(ClusterError, match=r"5 devices on 2 hosts.*Cluster\.load\(path\)"):
         Cluster.local()
 
 
@@ -409,3 +412,17 @@ def test_roofline_grows_and_vectorizes(flops: float, size: float, more: float, m
     assert op_seconds(flops, size * more, "bfloat16", device, matmul=matmul) >= seconds
     both = op_seconds(np.array([flops, 0.0]), np.array([size, 0.0]), "bfloat16", device, matmul=matmul)
     np.testing.assert_array_equal(both, [seconds, 0.0])
+
+
+def test_processes_with_one_gpu_each_are_on_the_hosts_that_xla_says() -> None:
+    # Ranks dealt out in turn, as some schedulers do: processes 0 and 2 on one host, 1 and 3 on the other.
+    gpus = [_FakeDevice("NVIDIA H100 80GB HBM3", None, p, index=p, slice_index=p % 2) for p in range(4)]
+    cluster = Cluster.local(gpus)  # type: ignore[arg-type]
+    assert (cluster.hosts, cluster.devices_per_host) == (2, 2)
+    assert [d.process_index for d in by_host(gpus)] == [0, 2, 1, 3]  # type: ignore[arg-type]
+
+
+def test_processes_of_cpu_devices_are_hosts() -> None:
+    cpus = [_FakeDevice("cpu", None, p, index=2048 * p) for p in (1, 0)]
+    assert Cluster.local(cpus).hosts == 2  # type: ignore[arg-type]
+    assert [d.id for d in by_host(cpus)] == [0, 2048]  # type: ignore[arg-type]

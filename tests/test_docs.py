@@ -45,7 +45,7 @@ BLOCK = re.compile(
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 PARSED_ONLY, NOT_COMPARED, FIGURES_VARY, EXITS = "parsed only", "not compared", "figures vary", "exits with 1"
 FIGURE = re.compile(r"[+-]*\d[\d.,]*(e-?\d+)? ?(GiB|MiB|KiB|B|ms|us|ns|s|%)?(?!\w)")
-COMING = {"multi_host.md", "checkpoints.md"}  # links to pages that are still being written
+COMING = {"checkpoints.md"}  # links to pages that are still being written
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

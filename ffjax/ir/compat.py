@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import ad_checkpoint, debugging, source_info_util
+from jax._src import ad_checkpoint, clusters, debugging, distributed, source_info_util, xla_bridge
 from jax._src.interpreters import partial_eval
 from jax._src.state import discharge
 from jax._src.state.types import AbstractRef
@@ -211,3 +212,44 @@ def hlo_text(proto: bytes) -> str | None:
     parsers = [getattr(getattr(h, "HloModule", None), "from_serialized_hlo_module_proto", None) for h in homes]
     parse = next((p for p in parsers if p is not None), None)
     return None if parse is None else str(parse(proto).to_string())
+
+
+class KeyValueClient(Protocol):
+    """JAX's client of the key-value store that the processes of a run share. Its methods raise what jaxlib raises."""
+
+    def key_value_set_bytes(self, key: str, value: bytes, allow_overwrite: bool = False) -> None: ...
+    def blocking_key_value_get_bytes(self, key: str, timeout_in_ms: int) -> bytes: ...
+
+
+def key_value_client() -> KeyValueClient | None:
+    """The client of this process; None unless `jax.distributed` is initialized."""
+    client: KeyValueClient | None = distributed.global_state.client
+    return client
+
+
+def detected_processes(
+    method: str | None, timeout_s: float
+) -> tuple[str | None, int | None, int | None, Sequence[int] | None]:
+    """What `jax.distributed.initialize()` takes from SLURM, MPI, Kubernetes or a TPU pod.
+
+    The coordinator's address, the number of processes, this one's id and its devices; None for what they do not say.
+
+    `method` is `initialize`'s `cluster_detection_method`. Raises what JAX's detection raises.
+    """
+    found: tuple[str | None, int | None, int | None, Sequence[int] | None]
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, int(timeout_s))
+    return found
+
+
+def cpu_collectives_over(address: str) -> None:
+    """Has the CPU devices of this process listen on one address only, by default that of the host's name.
+
+    Before JAX makes its devices. Only for gloo, the default.
+    """
+    from jax._src.lib import _jax  # type: ignore[attr-defined]
+
+    def client() -> object:
+        gloo = _jax.make_gloo_tcp_collectives(distributed_client=distributed.global_state.client, hostname=address)
+        return xla_bridge.make_cpu_client(collectives=gloo)
+
+    xla_bridge.register_backend_factory("cpu", client, priority=0, fail_quietly=False)

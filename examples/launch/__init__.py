@@ -1,0 +1,1 @@
+"""A train script for any number of processes, and how SLURM and Kubernetes start it."""
