@@ -33,7 +33,8 @@ def cached_plan(
       bind: puts a loaded plan on the program; raises PlanError for one that does not fit it.
       search: makes the new one.
     """
-    asked = repr((program_fingerprint(program), options.key(cluster)))
+    carried = program.carried if options.keep_shardings else ()
+    asked = repr((program_fingerprint(program), carried, options.key(cluster)))
     digest = hashlib.blake2b(asked.encode(), digest_size=10).hexdigest()
     path = Path(folder) / f"{program.name}-{digest}.json"
     if path.exists():
