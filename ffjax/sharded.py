@@ -191,8 +191,8 @@ class Sharded:
             except PlanError as error:
                 first = first or error
         raise first or PlanError(
-            f"{name}.{what} has no plan yet. Remedy: call {name}.plan(state, batch) first; shapes will do "
-            "(jax.eval_shape)."
+            f"{name}.{what} has no plan yet. Remedy: call {name}.plan(jax.eval_shape(init, *args), batch) first; "
+            "shapes will do."
         )
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> nnx.Call:
