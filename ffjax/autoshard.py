@@ -30,6 +30,7 @@ class Keywords(TypedDict, total=False):
     pins: Mapping[str, PartitionSpec] | None
     verify: str
     remat: str
+    keep_shardings: bool
     plan: Plan | str | os.PathLike[str] | None
     cache: str | os.PathLike[str] | None
     static_argnums: int | Sequence[int]
@@ -53,6 +54,7 @@ def autoshard(
     pins: Mapping[str, PartitionSpec] | None = None,
     verify: str = NEVER,
     remat: str = AS_WRITTEN,
+    keep_shardings: bool = True,
     plan: Plan | str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -71,6 +73,8 @@ def autoshard(
       pins: path patterns of arguments, and the PartitionSpec that each shall have.
       verify: `"finalists"` compiles the best few plans before one is taken; see `ffjax.plan`.
       remat: `"search"` also decides what `jax.checkpoint` regions keep; see `ffjax.plan`.
+      keep_shardings: whether arguments that are sharded already when a plan is searched, and sharding constraints in
+        the step, stay as they are; see `ffjax.plan`.
       plan: a plan (or its file) to run instead of searching one.
       cache: a folder of plans: one found there for the same program and options is used again.
       static_argnums, donate_argnums: as in `jax.jit`.
@@ -101,6 +105,7 @@ def autoshard(
             pins=pins,
             verify=verify,
             remat=remat,
+            keep_shardings=keep_shardings,
             progress=progress,
         ),
         plan=plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),

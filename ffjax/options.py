@@ -33,6 +33,7 @@ class SearchOptions:
     pins: Pins | None = None
     verify: str = NEVER
     remat: str = AS_WRITTEN
+    keep_shardings: bool = True
     progress: Progress | None = field(default=None, compare=False)
 
     def check(self) -> None:
@@ -46,7 +47,7 @@ class SearchOptions:
     def key(self, cluster: Cluster) -> str:
         """A text that is equal for options that lead to the same plan on this cluster."""
         priced = (dataclasses.replace(cluster, profile=None), cluster.profile and cluster.profile.digest)
-        asked = (self.memory, self.strategy, self.mesh, self.pins, self.verify, self.remat)
+        asked = (self.memory, self.strategy, self.mesh, self.pins, self.verify, self.remat, self.keep_shardings)
         return repr((*priced, *asked))
 
 

@@ -16,8 +16,17 @@ from ffjax.strategies.candidates import Keep, candidates
 
 Pins = Mapping[str, PartitionSpec]
 
+OPEN: tuple[str, ...] = ("unconstrained",)
+"""Of a dimension that may be sharded in any way."""
 
-def pinned_specs(regions: Regions, pins: Pins) -> dict[int, tuple[str, Spec]]:
+Wish = tuple[str, Spec]
+"""What is wanted of an op's first result: the pattern or source line that says so, and the sharding."""
+
+Wanted = Mapping[int, Wish]
+"""By op."""
+
+
+def pinned_specs(regions: Regions, pins: Pins) -> dict[int, Wish]:
     """For each pinned argument's op the pattern that pins it, and the sharding.
 
     A pattern is a path with `*` for one part and `**` for any number; it may leave out leading parts.
@@ -31,7 +40,7 @@ def pinned_specs(regions: Regions, pins: Pins) -> dict[int, tuple[str, Spec]]:
             "{'params/**/kernel': PartitionSpec(None, 'x')}."
         )
     graph = regions.graph
-    found: dict[int, tuple[str, Spec]] = {}
+    found: dict[int, Wish] = {}
     for pattern, spec in pins.items():
         matched = [op for op in graph.arguments if matches(pattern, graph.ops[op].label)]
         if not matched:
@@ -51,41 +60,55 @@ def pinned_specs(regions: Regions, pins: Pins) -> dict[int, tuple[str, Spec]]:
     return found
 
 
-def keep_pins(regions: Regions, pins: Pins) -> Callable[[MeshShape], Keep | None] | None:
+def keep_pins(regions: Regions, wanted: Wanted) -> Callable[[MeshShape], Keep | None] | None:
     """For a mesh the candidates that pins leave; on a mesh that lacks a pinned axis none are left."""
-    if not pins:
+    if not wanted:
         return None
-    wanted = pinned_specs(regions, pins)
-    by_region: dict[int, list[int]] = {}
-    for op in wanted:
-        by_region.setdefault(regions.region_of[op], []).append(op)
+    by_region: dict[int, dict[int, Wish]] = {}
+    for op, wish in wanted.items():
+        by_region.setdefault(regions.region_of[op], {})[op] = wish
 
     def on(mesh: MeshShape) -> Keep:
-        # An axis of one device splits nothing, so that no candidate names it.
-        idle = {a for a, size in zip(mesh.axes, mesh.sizes, strict=True) if size == 1}
-        specs = {op: tuple(tuple(a for a in dim if a not in idle) for dim in spec) for op, (_, spec) in wanted.items()}
-
         def keep(region: Region, found: Sequence[Assignment]) -> list[Assignment]:
-            pinned = [(regions.ports[op].results[0], specs[op]) for op in by_region.get(region.id, ())]
-            return [c for c in found if all(spec_of(d, region.sizes, c, mesh) == spec for d, spec in pinned)]
+            return fits_beside(regions, found, by_region.get(region.id, {}), mesh)
 
         return keep
 
     return on
 
 
-def pin_marks(regions: Regions, pins: Pins) -> dict[int, str]:
-    """For each region with pinned arguments what they are pinned to: regions that differ in it are decided apart."""
+def fits_beside(regions: Regions, found: Sequence[Assignment], wanted: Wanted, mesh: MeshShape) -> list[Assignment]:
+    """The assignments of one region under which some of its ops' results are sharded as wanted."""
+    # An axis of one device splits nothing, so that no candidate names it.
+    idle = {a for a, size in zip(mesh.axes, mesh.sizes, strict=True) if size == 1}
+    wishes = [
+        (regions.ports[op].results[0], tuple(d if d is OPEN else tuple(a for a in d if a not in idle) for d in spec))
+        for op, (_, spec) in wanted.items()
+    ]
+    sizes = {op: regions.regions[regions.region_of[op]].sizes for op in wanted}
+    return [
+        c
+        for c in found
+        if all(
+            (own := spec_of(dims, size, c, mesh)) is not None
+            and all(want is OPEN or want == has for want, has in zip(spec, own, strict=True))
+            for (dims, spec), size in zip(wishes, sizes.values(), strict=True)
+        )
+    ]
+
+
+def pin_marks(regions: Regions, wanted: Wanted) -> dict[int, str]:
+    """For each region with pinned ops what they are pinned to: regions that differ in it are decided apart."""
     marks: dict[int, list[str]] = {}
-    for op, (_, spec) in sorted(pinned_specs(regions, pins).items()):
+    for op, (_, spec) in sorted(wanted.items()):
         port = regions.ports[op].results[0]
-        marks.setdefault(regions.region_of[op], []).append(f"{port} {format_spec(spec)}")
+        shown = format_spec(tuple(("?",) if d is OPEN else d for d in spec))
+        marks.setdefault(regions.region_of[op], []).append(f"{port} {shown}")
     return {region: "; ".join(sorted(own)) for region, own in marks.items()}
 
 
-def check_pins(regions: Regions, pins: Pins, meshes: Sequence[MeshShape]) -> None:
+def check_pins(regions: Regions, wanted: Wanted, meshes: Sequence[MeshShape]) -> None:
     """Raises PinError for pins that no mesh can satisfy: unknown axes, indivisible dimensions, arrays that go along."""
-    wanted = pinned_specs(regions, pins)
     graph = regions.graph
     by_region: dict[int, list[int]] = {}
     for op, (pattern, spec) in wanted.items():
@@ -105,7 +128,7 @@ def check_pins(regions: Regions, pins: Pins, meshes: Sequence[MeshShape]) -> Non
                 "mesh= whose axes divide it."
             )
     for region, ops in by_region.items():
-        if not any(_possible(regions, region, pins, m) for m in meshes):
+        if not any(_possible(regions, region, wanted, m) for m in meshes):
             first = wanted[ops[0]][0]
             others = [op for op in ops if wanted[op][0] != first]
             shown = (ops[:1] + others)[:4]
@@ -124,8 +147,8 @@ def entries(spec: PartitionSpec) -> Spec:
     return tuple(() if e is None else (e,) if isinstance(e, str) else e for e in spec)
 
 
-def _possible(regions: Regions, region: int, pins: Pins, mesh: MeshShape) -> bool:
-    keep = keep_pins(regions, pins)
+def _possible(regions: Regions, region: int, wanted: Wanted, mesh: MeshShape) -> bool:
+    keep = keep_pins(regions, wanted)
     return keep is not None and bool(candidates(regions, regions.regions[region], mesh, keep(mesh)))
 
 

@@ -58,6 +58,9 @@ def move(array: jax.Array, sharding: NamedSharding, *, alias: bool = True) -> ja
         moved = place(jax.random.key_data(array), words, alias=alias)
         key: jax.Array = jax.jit(_wrap, static_argnums=1, out_shardings=sharding)(moved, jax.random.key_impl(array))
         return key
+    if array.weak_type:  # of a Python number: assembled from pieces it would be taken for another type
+        number: jax.Array = jax.device_put(array, sharding, may_alias=None if alias else False)
+        return number
     if array.is_fully_addressable and sharding.is_fully_addressable:
         return _from_pieces(array, sharding, alias)
     if array.is_fully_addressable:

@@ -157,6 +157,10 @@ class Plan:
     """The measurements that it was priced by: name and hash; empty if none were."""
     remat: str = field(default=AS_WRITTEN, metadata=_LATER)
     """The policy that its program's `jax.checkpoint` regions were traced under."""
+    kept: dict[str, Spec] = field(default_factory=dict, metadata=_LATER)
+    """Arguments that came sharded and stay so, by path; see `ffjax.kept`."""
+    keeps_constraints: bool = field(default=False, metadata=_LATER)
+    """Whether sharding constraints of the program over the plan's mesh hold."""
     limits: Limits | None = field(default=None, metadata=_LATER)
     """What holds the step back; None in plans that were saved before this was known."""
     layout: Layout | None = field(default=None, compare=False, repr=False, metadata={"plain": False})

@@ -32,7 +32,8 @@ def cached_plan(
       bind: puts a loaded plan on the program; raises PlanError for one that does not fit it.
       search: makes the new one.
     """
-    asked = (program_fingerprint(program), options.key(cluster))
+    carried = program.carried if options.keep_shardings else ()
+    asked = (program_fingerprint(program), carried, options.key(cluster))
     path = Path(folder) / f"{program.name}-{digest(asked)}.json"
     if path.exists():
         try:

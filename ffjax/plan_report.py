@@ -15,7 +15,7 @@ from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import Graph, Op
 from ffjax.ir.regions import Region, Regions
 from ffjax.ir.rules import factor_name
-from ffjax.ir.spec import MeshShape
+from ffjax.ir.spec import MeshShape, Spec
 from ffjax.ir.trace import Program
 from ffjax.pins import entries
 from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
@@ -39,7 +39,11 @@ def plan_of(
     strategy: str,
     pins: Mapping[str, PartitionSpec],
     seconds: dict[str, float],
+    *,
+    kept: Mapping[str, Spec],
+    marked: bool,
 ) -> Plan:
+    """A search's finding as a plan; `marked`: whether regions were told apart by what is pinned or kept."""
     layout = best.layout
     graph = regions.graph
     model = CollectiveModel(best.mesh, cluster)
@@ -53,7 +57,7 @@ def plan_of(
 
     return Plan(
         program=program.name,
-        fingerprint=fingerprint(regions, None if pins else result.keys),
+        fingerprint=fingerprint(regions, None if marked else result.keys),
         cluster=cluster.name,
         devices=cluster.devices,
         strategy=strategy,
@@ -75,6 +79,8 @@ def plan_of(
         ),
         profile="" if cluster.profile is None else f"{cluster.profile.name} {cluster.profile.digest}",
         remat=program.remat,
+        kept=dict(kept),
+        keeps_constraints=bool(program.constraints),
         layout=layout,
         described=cluster,
     )

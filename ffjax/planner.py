@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from ffjax import nnx
 from ffjax.cost.cluster import Cluster, parse_bytes
 from ffjax.emit.emit import partition_spec
-from ffjax.errors import BudgetError, PinError, PlanError, PlanMismatch
+from ffjax.errors import BudgetError, FfjaxWarning, PinError, PlanError, PlanMismatch
 from ffjax.finalists import settle
 from ffjax.fingerprint import fingerprint
 from ffjax.inputs import argnums, cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
@@ -22,8 +23,9 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import Spec, format_spec
 from ffjax.ir.trace import Program
+from ffjax.kept import as_planned, wanted_by, what_stays, with_kept
 from ffjax.options import NEVER, SearchOptions
-from ffjax.pins import Pins, check_pins, keep_pins, pin_marks
+from ffjax.pins import Pins, Wanted, check_pins, keep_pins, pin_marks, pinned_specs
 from ffjax.plan import Plan, RematVariant
 from ffjax.plan_report import plan_of, subject
 from ffjax.remat import alternatives, trace_call
@@ -43,6 +45,7 @@ def plan(
     pins: Pins | None = None,
     verify: str = NEVER,
     remat: str = AS_WRITTEN,
+    keep_shardings: bool = True,
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
     progress: Progress | None = None,
@@ -64,6 +67,8 @@ def plan(
         is searched (`"off"`, `"dots_saveable"`, `"dots_with_no_batch_dims_saveable"`, `"nothing_saveable"`) and the
         fastest plan that fits wins; one of these names fixes it. `"as written"` leaves it to the step: another policy
         is another program, with other memory and rounding than the one that was asked for, and takes a search more.
+      keep_shardings: whether arguments that are sharded already, and sharding constraints in the step, stay as they are
+        (with `strategy="auto"`, on their mesh); False plans all anew. See `ffjax.kept`.
       static_argnums, donate_argnums: as in `jax.jit`.
       progress: called with what is being done and the share that is done.
 
@@ -85,6 +90,7 @@ def plan(
         pins=pins,
         verify=verify,
         remat=remat,
+        keep_shardings=keep_shardings,
         progress=progress,
     )
     options.check()
@@ -143,7 +149,10 @@ def plan_program(
     variants: dict[object, _Variant] = {}
     for index, each in enumerate(programs):
         own = dataclasses.replace(options, progress=_part(options.progress, index, programs))
-        asked = ProgramSearch(each, own, trace_s=0.0 if index else trace_s)
+        with warnings.catch_warnings():
+            if index:
+                warnings.simplefilter("ignore", FfjaxWarning)  # what there is to say was said of the first
+            asked = ProgramSearch(each, own, trace_s=0.0 if index else trace_s)
         key = fingerprint(asked.regions) if others else None
         if key not in variants:
             variants[key] = _Variant(asked, asked.search(asked.budget_bytes))
@@ -181,9 +190,26 @@ class ProgramSearch:
         memory = options.memory
         self.budget_bytes = float(self.cluster.device.memory_bytes if memory is None else parse_bytes(memory))
         self.meshes = None if options.mesh is None else [mesh_of(options.mesh, self.cluster)]
-        self.regions = find_regions(build_graph(program))
-        if self.pins:
-            check_pins(self.regions, self.pins, self.meshes or self.cluster.mesh_shapes(max_axes=MOST_AXES))
+        kept = what_stays(program, options, self.cluster.devices)
+        self.program = with_kept(program, kept, say=options.keep_shardings)
+        self.kept: Mapping[str, Spec] = kept.args
+        if kept.mesh is not None and (kept.args or self.program.constraints):
+            self.meshes = [kept.mesh]
+        self.regions = find_regions(build_graph(self.program))
+        pinned = pinned_specs(self.regions, self.pins)
+        check_pins(self.regions, pinned, self.meshes or self.cluster.mesh_shapes(max_axes=MOST_AXES))
+        self.wanted: Wanted = pinned
+        if kept.mesh is not None:
+            self.wanted, left = wanted_by(self.regions, self.kept, kept.mesh, pinned)
+            if left:
+                more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+                warnings.warn(
+                    f"{program.name} comes with shardings that cannot be kept: {', '.join(left[:4])}{more}. The plan "
+                    "decides. Remedy: shard alike what is computed together, in dimensions that divide; "
+                    "keep_shardings=False plans all anew.",
+                    FfjaxWarning,
+                    stacklevel=5,
+                )
         self.seconds = {"trace": trace_s, "rules": time.perf_counter() - began}
         """Where the time went, all searches together."""
 
@@ -196,12 +222,12 @@ class ProgramSearch:
                 budget_bytes=budget_bytes,
                 strategy=self.strategy,
                 meshes=self.meshes,
-                keep=keep_pins(self.regions, self.pins),
-                marks=pin_marks(self.regions, self.pins),
+                keep=keep_pins(self.regions, self.wanted),
+                marks=pin_marks(self.regions, self.wanted),
                 progress=self.progress,
             )
         except ValueError as error:
-            raise (PinError if self.pins else PlanError)(f"{self.program.name}: {error}") from error
+            raise (PinError if self.wanted else PlanError)(f"{self.program.name}: {error}") from error
         for phase, spent in result.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
         return result
@@ -218,6 +244,8 @@ class ProgramSearch:
             self.strategy,
             self.pins,
             self.seconds,
+            kept=self.kept,
+            marked=bool(self.wanted),
         )
 
 
@@ -293,10 +321,13 @@ def bind_program(plan: Plan, program: Program) -> Plan:
             f"the plan of {plan.program!r} was made with remat={plan.remat!r}, but the program was traced with "
             f"remat={program.remat!r}. Remedy: plan.bind(step, *args), which traces it as the plan wants."
         )
+    program = as_planned(program, plan)
     regions = find_regions(build_graph(program))
     plan.check_fingerprint(fingerprint(regions), program.name)
-    marks = pin_marks(regions, {pattern: partition_spec(spec) for pattern, spec in plan.pins.items()})
-    keys = family_keys(regions, marks)
+    wanted: Wanted = pinned_specs(regions, {pattern: partition_spec(spec) for pattern, spec in plan.pins.items()})
+    if plan.kept or program.constraints:
+        wanted, _ = wanted_by(regions, plan.kept, plan.mesh, wanted)
+    keys = family_keys(regions, pin_marks(regions, wanted))
     found = {d.key: d.assignment(plan.mesh) for d in plan.decisions}
     nothing = Assignment((UNUSED,) * len(plan.mesh.axes), (UNUSED,) * len(plan.mesh.axes))
     for key, family in members(keys).items():

@@ -21,7 +21,9 @@ from ffjax.emit.run import jitted
 from ffjax.errors import ClusterError, PlanError
 from ffjax.fingerprint import program_fingerprint
 from ffjax.inputs import argnums, cluster_of
+from ffjax.ir.compat import no_mesh
 from ffjax.ir.trace import Program, function_name
+from ffjax.kept import as_planned, devices_of
 from ffjax.options import StepOptions
 from ffjax.placing import place
 from ffjax.plan import Plan
@@ -85,15 +87,17 @@ class Sharded:
         """Places the arguments as planned (no copy if they are so already) and runs one step."""
         leaves, tree = jax.tree.flatten((args, kwargs))
         if tree in self._plain and (known := self._entries.get((tree, _kinds(leaves), ()))) and known.runner:
-            out = known.runner.run(*known.runner.closures, *known.runner.place(leaves))
+            with no_mesh():
+                out = known.runner.run(*known.runner.closures, *known.runner.place(leaves))
             return jax.tree.unflatten(known.program.out_tree, out)
         call = self._call(args, kwargs)
         if call.step is self._step and not call.static_argnums:
             self._plain.add(tree)
         self._check_devices()
         entry = self._entry(call)
-        runner = self._runner(entry)
-        out = runner.run(*runner.closures, *runner.place(_leaves(call)[0]))
+        with no_mesh():
+            runner = self._runner(entry)
+            out = runner.run(*runner.closures, *runner.place(_leaves(call)[0]))
         return call.finish(jax.tree.unflatten(entry.program.out_tree, out))
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
@@ -117,7 +121,8 @@ class Sharded:
         made = jax.eval_shape(call.build, *args)
         shardings = self._with_plan("init", lambda places, _: places.of(call.arrays(made), argument))
         placed = jax.tree.unflatten(jax.tree.structure(made), shardings)
-        return call.finish(jax.jit(call.build, out_shardings=placed)(*args))
+        with no_mesh():
+            return call.finish(jax.jit(call.build, out_shardings=placed)(*args))
 
     def place_state(self, state: Any, argument: str | None = None, *, donate: bool = False) -> Any:
         """A state where the plan wants it, from wherever it is: the host, one device, another plan or mesh.
@@ -182,12 +187,13 @@ class Sharded:
         first: PlanError | None = None
         for entry in reversed(self._entries.values()):
             try:
-                return use(self._places(entry), entry.program)
+                with no_mesh():
+                    return use(self._places(entry), entry.program)
             except PlanError as error:
                 first = first or error
         raise first or PlanError(
-            f"{name}.{what} has no plan yet. Remedy: call {name}.plan(state, batch) first; shapes will do "
-            "(jax.eval_shape)."
+            f"{name}.{what} has no plan yet. Remedy: call {name}.plan(jax.eval_shape(init, *args), batch) first; "
+            "shapes will do."
         )
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> nnx.Call:
@@ -238,8 +244,8 @@ class Sharded:
         """The plan of another signature that traces to the same program (weak types, structure), or one of its own."""
         policies = dict.fromkeys(entry.plan.remat for entry in self._entries.values())
         for same in (under(call, program, policy) for policy in policies):
-            wanted = program_fingerprint(same)
             for entry in self._entries.values():
+                wanted = program_fingerprint(as_planned(same, entry.plan))
                 if (entry.plan.remat, entry.plan.fingerprint) == (same.remat, wanted):
                     return bind_program(entry.plan, same)
         return self._agreed(call, program, functools.partial(self._cached, call, program))
@@ -267,7 +273,8 @@ class Sharded:
 
     def _places(self, entry: _Entry) -> Places:
         if entry.places is None:
-            entry.places = Places(entry.plan, self._devices())
+            own = devices_of(entry.program, entry.plan.mesh) if self._options.devices is None else None
+            entry.places = Places(entry.plan, own or self._devices())
         return entry.places
 
     def _cached(self, call: nnx.Call, program: Program) -> Plan:

@@ -132,6 +132,8 @@ class _Interpreter:
         op = self.graph.op_of[id(eqn)]
         operands = [self.read(atom, op, i) for i, atom in enumerate(eqn.invars)]
         own = self.graph.ops[op]
+        if compat.constraint_of(eqn) is not None:
+            return [self.write(operands[0], eqn.outvars[0], op)]
         target = own.operands[0] if eqn.primitive.name.startswith("scatter") else NO_VALUE
         if target != NO_VALUE and not self.graph.values[target].constant and any(self.layout.operand(op, 0)):
             # XLA merges the slice that makes a piece with the slice that a scatter of one row becomes, and loses the

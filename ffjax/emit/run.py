@@ -47,9 +47,10 @@ def jitted(layout: Layout, mesh: Mesh | AbstractMesh, *, donate: bool = True) ->
 def lower(layout: Layout, devices: Sequence[jax.Device] | None = None) -> jax.stages.Lowered:
     """Lowers the sharded step for some devices, or, without any, for no particular ones."""
     avals = [compat.struct_of(v) for v in layout.graph.program.jaxpr.invars]
-    if devices is not None:
-        on_devices: jax.stages.Lowered = jitted(layout, device_mesh(layout.mesh, devices)).trace(*avals).lower()
-        return on_devices
-    traced = jitted(layout, abstract_mesh(layout.mesh)).trace(*avals)
-    anywhere: jax.stages.Lowered = traced.lower(lowering_platforms=(jax.default_backend(),))
-    return anywhere
+    with compat.no_mesh():
+        if devices is not None:
+            on_devices: jax.stages.Lowered = jitted(layout, device_mesh(layout.mesh, devices)).trace(*avals).lower()
+            return on_devices
+        traced = jitted(layout, abstract_mesh(layout.mesh)).trace(*avals)
+        anywhere: jax.stages.Lowered = traced.lower(lowering_platforms=(jax.default_backend(),))
+        return anywhere

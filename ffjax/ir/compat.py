@@ -15,6 +15,7 @@ from jax._src.interpreters import partial_eval
 from jax._src.state import discharge
 from jax._src.state.types import AbstractRef
 from jax.extend import core
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 # `jax.extend.core` names these classes but hides their constructors' home.
 Var = core.Var
@@ -45,6 +46,29 @@ def user_context(eqn: core.JaxprEqn):  # type: ignore[no-untyped-def]
     """A context in which new equations take this one's source line and scope name."""
     info = eqn.source_info
     return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
+
+
+def no_mesh() -> contextlib.AbstractContextManager[object]:
+    """A context without the mesh that the user has set (`jax.set_mesh`): what runs in it names its own."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[object] = jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+    return context
+
+
+def has_explicit_axes() -> bool:
+    """Whether the user has set a mesh with axes that are part of the types of arrays."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def automatic_mesh() -> contextlib.AbstractContextManager[object]:
+    """A context in which the axes of the user's mesh are automatic, so that programs are traced without shardings."""
+    if not has_explicit_axes():
+        return contextlib.nullcontext()
+    types = jax.sharding.get_abstract_mesh().axis_types
+    automatic = jax.sharding.get_mesh().update(axis_types=(AxisType.Auto,) * len(types))
+    context: contextlib.AbstractContextManager[object] = jax.set_mesh(automatic)
+    return context
 
 
 def without_references(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
@@ -132,6 +156,27 @@ def has_checkpoints(closed: core.ClosedJaxpr) -> bool:
     return _any_equation(
         closed.jaxpr, lambda e: e.primitive is ad_checkpoint.remat_p and bool(e.params["differentiated"])
     )
+
+
+def constraint_of(eqn: core.JaxprEqn) -> NamedSharding | None:
+    """The sharding that a constraint in the program asks for; None for other equations, and for what is no mesh's."""
+    sharding = eqn.params["sharding"] if eqn.primitive.name == "sharding_constraint" else None
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def unconstrained_dims(eqn: core.JaxprEqn) -> frozenset[int]:
+    """The dimensions that a constraint leaves open."""
+    dims: frozenset[int] = frozenset(eqn.params["unconstrained_dims"])
+    return dims
+
+
+def constraint(atom: core.Var | core.Literal, sharding: NamedSharding, like: core.JaxprEqn) -> core.JaxprEqn:
+    """An equation that constrains a value, at the line of another equation."""
+    with no_mesh():
+        made = jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, sharding))(struct_of(atom))
+    (eqn,) = made.jaxpr.eqns
+    placed_there: core.JaxprEqn = eqn.replace(invars=[atom], outvars=[Var(atom.aval)], source_info=like.source_info)
+    return placed_there
 
 
 def unordered(eqn: core.JaxprEqn) -> core.JaxprEqn:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ffjax.errors import FfjaxWarning
 from ffjax.ir.compat import (
@@ -24,6 +25,8 @@ from ffjax.ir.compat import (
     JaxprEqn,
     Literal,
     Var,
+    constraint,
+    constraint_of,
     eliminate_dead_code,
     is_extended,
     placed,
@@ -56,20 +59,28 @@ Lines = dict[str, dict[str, None]]
 """What the plan cannot keep of a step, as a sentence with room for the lines where it is."""
 
 _CONSTRAINTS = (
-    "sharding constraints of its own ({}), which are left out: the plan decides. Remedy: remove them; what must stay "
-    "as it is can be pinned (pins=)"
+    "sharding constraints of its own ({}), which are left out: the plan decides. Remedy: a plan on their mesh (mesh=, "
+    "strategy='auto') keeps them; keep_shardings=False leaves them out without a word"
 )
 _ORDER = "ordered prints or callbacks ({}), which come in any order on several devices. Remedy: ordered=False"
 
 
-def inline(closed: ClosedJaxpr) -> tuple[Jaxpr, tuple[Array, ...]]:
+Keeps = Callable[[NamedSharding], bool]
+
+
+def over_devices(sharding: NamedSharding) -> bool:
+    """Whether a sharding says anything: one over a single device does not."""
+    return bool(sharding.mesh.size > 1)
+
+
+def inline(closed: ClosedJaxpr, keeps: Keeps = over_devices) -> tuple[Jaxpr, tuple[Array, ...]]:
     """Returns `(jaxpr, closures)`: the jaxpr takes the arrays `closures` first, then its own arguments.
 
-    Sharding constraints, which name a mesh that is not the plan's, are left out, and so is the order of debug prints;
-    one `FfjaxWarning` of each lists their lines.
+    Sharding constraints stay where `keeps` says so, and so do the shardings of a `jit` inside, as constraints. Others
+    are left out, and so is the order of debug prints; one `FfjaxWarning` of each lists their lines.
     """
     dropped: Lines = {}
-    jaxpr, closures = _Body(closed.jaxpr, closed.consts, dropped).build()
+    jaxpr, closures = _Body(closed.jaxpr, closed.consts, dropped, keeps).build()
     for what, lines in dropped.items():
         warnings.warn(f"the step has {what.format(', '.join(lines))}", FfjaxWarning, stacklevel=2)
     return eliminate_dead_code(jaxpr), closures
@@ -85,9 +96,12 @@ def is_barrier(eqn: JaxprEqn) -> bool:
 class _Body:
     """One jaxpr on its way to being flat: fresh variables, lifted constants, new equations."""
 
-    def __init__(self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: Lines, caller: JaxprEqn | None = None) -> None:
+    def __init__(
+        self, jaxpr: Jaxpr, consts: Iterable[Array], dropped: Lines, keeps: Keeps, caller: JaxprEqn | None = None
+    ) -> None:
         self.jaxpr = jaxpr
         self.dropped = dropped
+        self.keeps = keeps
         self.caller = caller
         self.eqns: list[JaxprEqn] = []
         self.lifted: dict[int, tuple[Array, Var]] = {}
@@ -126,15 +140,16 @@ class _Body:
             operands = [self.read(v, env) for v in eqn.invars]
             name = eqn.primitive.name
             if name in _CALLS and not is_barrier(eqn):
+                operands = self.constrained(eqn, "in_shardings", operands)
                 results = self.call(eqn, eqn.params[_CALLS[name]], operands)
+                results = self.constrained(eqn, "out_shardings", results)
             elif name == "custom_linear_solve":
                 # As it lowers: the solver, on its own constants and the right-hand sides.
                 counts = eqn.params["const_lengths"]
                 start, stop = counts.matvec + counts.vecmat, sum(counts)
                 own = operands[start : start + counts.solve] + operands[stop:]
                 results = self.call(eqn, eqn.params["jaxprs"].solve, own)
-            elif name in ("sharding_constraint", "shard_alike"):
-                self.dropped.setdefault(_CONSTRAINTS, {})[source_line(eqn)] = None
+            elif name in ("sharding_constraint", "shard_alike") and not self.stays(eqn, constraint_of(eqn)):
                 results = operands
             else:
                 params, extra = self.params(eqn)
@@ -146,6 +161,23 @@ class _Body:
                     self.eqns.append(eqn.replace(invars=operands, outvars=fresh, params=params))
                 results = list(made)
             env.update(zip(eqn.outvars, results, strict=True))
+
+    def stays(self, eqn: JaxprEqn, sharding: NamedSharding | None) -> bool:
+        """Whether a constraint of an equation's is kept; takes down the line of one that is left out."""
+        if sharding is not None and self.keeps(sharding):
+            return True
+        if sharding is None or over_devices(sharding):
+            self.dropped.setdefault(_CONSTRAINTS, {})[source_line(eqn)] = None
+        return False
+
+    def constrained(self, eqn: JaxprEqn, which: str, atoms: list[Atom]) -> list[Atom]:
+        """What goes into or comes out of a `jit`, under the shardings that it was given."""
+        held = list(atoms)
+        for i, sharding in enumerate(eqn.params.get(which, ())):
+            if isinstance(sharding, NamedSharding) and self.stays(eqn, sharding):
+                self.eqns.append(constraint(held[i], sharding, eqn))
+                held[i] = self.eqns[-1].outvars[0]
+        return held
 
     def call(self, eqn: JaxprEqn, body: Jaxpr | ClosedJaxpr, operands: list[Atom]) -> list[Atom]:
         jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
@@ -163,7 +195,7 @@ class _Body:
 
         def flat(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, list[Atom]]:
             jaxpr, consts = (body.jaxpr, body.consts) if isinstance(body, ClosedJaxpr) else (body, ())
-            new, arrays = _Body(jaxpr, consts, self.dropped, eqn).build()
+            new, arrays = _Body(jaxpr, consts, self.dropped, self.keeps, eqn).build()
             lifted = [self.lift(a, v.aval) for a, v in zip(arrays, new.invars, strict=False)]
             return new, lifted
 
@@ -187,7 +219,7 @@ class _Body:
 
     def branches(self, eqn: JaxprEqn) -> tuple[tuple[ClosedJaxpr, ...], list[Atom]]:
         """All branches take the same operands, so each gets the constants of all, in front."""
-        flat = [_Body(b.jaxpr, b.consts, self.dropped, eqn).build() for b in eqn.params["branches"]]
+        flat = [_Body(b.jaxpr, b.consts, self.dropped, self.keeps, eqn).build() for b in eqn.params["branches"]]
         shared = {id(a): (a, v.aval) for j, arrays in flat for a, v in zip(arrays, j.invars, strict=False)}
         made = []
         for jaxpr, arrays in flat:

@@ -15,11 +15,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
 from ffjax.errors import TraceError
-from ffjax.ir.compat import AS_WRITTEN, Jaxpr, checkpoint_policy, has_checkpoints, without_references
-from ffjax.ir.inline import Array, inline
+from ffjax.ir.compat import (
+    AS_WRITTEN,
+    Jaxpr,
+    JaxprEqn,
+    automatic_mesh,
+    checkpoint_policy,
+    constraint_of,
+    has_checkpoints,
+    has_explicit_axes,
+    without_references,
+)
+from ffjax.ir.inline import Array, inline, over_devices, walk
 
 _LIBRARIES = (str(Path(jax.__file__).parent), str(Path(__file__).parents[1]))
 """Where lines are not the user's: JAX, and this package."""
@@ -57,6 +68,10 @@ class Program:
     """The policy that its `jax.checkpoint` regions were traced under."""
     checkpoints: bool = False
     """Whether it has such regions, so that it is another program under another policy."""
+    carried: tuple[NamedSharding | None, ...] = ()
+    """For each argument leaf the sharding over several devices that it came with."""
+    constraints: tuple[NamedSharding, ...] = ()
+    """The shardings that its own constraints ask for, each once."""
 
 
 def trace(
@@ -103,10 +118,18 @@ def trace(
 
     flat_fn.__name__ = fn_name
     try:
-        with checkpoint_policy(remat):
+        with checkpoint_policy(remat), automatic_mesh():
             closed = jax.jit(flat_fn).trace(*avals).jaxpr
     except (TypeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise TraceError(_untraceable(fn_name, error, paths)) from error
+    except ValueError as error:
+        if not has_explicit_axes():
+            raise
+        raise TraceError(
+            f"{fn_name} cannot be traced without the explicit axes of the mesh that is set: {error}\nRemedy: leave out "
+            "out_sharding= and jax.sharding.reshard, which the plan replaces; what must stay can be a "
+            "jax.lax.with_sharding_constraint."
+        ) from error
     if len(closed.jaxpr.invars) != len(avals) or any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         # JAX itself says so only when it lowers the program.
         raise TraceError(
@@ -132,7 +155,26 @@ def trace(
         ties=find_ties(arg_leaves, result_leaves, donated_names),
         remat=remat,
         checkpoints=has_checkpoints(closed),
+        carried=tuple(_carried(leaf) for _, leaf in flat),
+        constraints=constraints_in(jaxpr),
     )
+
+
+def constraints_in(jaxpr: Jaxpr) -> tuple[NamedSharding, ...]:
+    """The shardings that a program's constraints ask for, each once, the first ones first."""
+    found: dict[NamedSharding, None] = {}
+
+    def visit(eqn: JaxprEqn) -> None:
+        if (sharding := constraint_of(eqn)) is not None:
+            found[sharding] = None
+
+    walk(jaxpr, visit)
+    return tuple(found)
+
+
+def _carried(leaf: Any) -> NamedSharding | None:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and over_devices(sharding) else None
 
 
 def _untraceable(name: str, error: Exception, paths: Sequence[str]) -> str:
