@@ -19,8 +19,8 @@ from ffjax.cost.buffers import buffered, fused_gathers, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
 from ffjax.cost.merged_remat import has_remat, merge_remat
 from ffjax.cost.moves import Move
-from ffjax.cost.other_forms import other_forms, replacing_ties
 from ffjax.cost.order import as_written, scheduled, scope_spans
+from ffjax.cost.other_forms import other_forms, replacing_ties
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.op_kinds import is_reduction
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.compilers import Compiler
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.merged_remat import MERGED
 from ffjax.cost.moves import moves_of
