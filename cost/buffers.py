@@ -19,29 +19,8 @@ _CHEAP_PROLOGUE = 2
 _FEW = 8
 """Of kernels that read a value: more make no difference."""
 _REPEATED = frozenset(
-    [
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "floor",
-        "max",
-        "min",
-        "mul",
-        "neg",
-        "not",
-        "or",
-        "round",
-        "select_n",
-        "sign",
-        "sub",
-        "xor",
-    ]
-)
+    ["abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "copy", "floor", "max", "min", "mul"]
+) | frozenset(["neg", "not", "or", "round", "select_n", "sign", "sub", "xor"])
 """What XLA computes again in each kernel that reads it (`InstructionFusion::IsExpensive`), if it reads one array."""
 _BROADCASTS = frozenset(["broadcast_in_dim", "iota"])
 _COMPARISONS = frozenset(["gt", "ge", "lt", "le", "eq", "ne"])
