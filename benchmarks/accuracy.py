@@ -28,6 +28,7 @@ from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import device_mesh
 from ffjax.examples import convnet, gpt, moe, recommender
 from ffjax.ir.layout import Layout
+from ffjax.options import SearchOptions
 from ffjax.planner import plan_program, trace_step
 from ffjax.profile import needs, profile
 from ffjax.profile_grid import grid
@@ -83,7 +84,8 @@ def cases(name: str, module: Any, config: Any) -> list[Case]:
     for mesh in MESHES:
         for strategy in STRATEGIES:
             try:
-                plan = plan_program(program, cluster=Cluster.named("cpu"), mesh=mesh, strategy=strategy)
+                options = SearchOptions(cluster=Cluster.named("cpu"), mesh=mesh, strategy=strategy)
+                plan = plan_program(program, options)
             except ffjax.errors.PlanError:
                 continue  # no use for this mesh
             key = (str(plan.mesh), *(str(d.split) + str(d.scatter) for d in plan.decisions))

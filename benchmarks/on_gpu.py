@@ -25,6 +25,7 @@ from tables import write  # noqa: E402
 
 from ffjax.cost.cluster import Cluster  # noqa: E402
 from ffjax.examples import convnet, gpt, moe, recommender  # noqa: E402
+from ffjax.options import SearchOptions  # noqa: E402
 from ffjax.planner import plan_program, trace_step  # noqa: E402
 
 RUNS = 20
@@ -51,7 +52,7 @@ def main() -> None:
         program = trace_step(module.make_train_step(config), module.example_args(config), {})
         for strategy in ("data_parallel", "fsdp", "tensor_parallel") if MOCKED else ("data_parallel",):
             plans = {
-                by: plan_program(program, cluster=c, strategy=strategy, mesh={"x": len(devices)})
+                by: plan_program(program, SearchOptions(cluster=c, strategy=strategy, mesh={"x": len(devices)}))
                 for by, c in prices.items()
             }
             run = place(next(iter(plans.values())), devices)

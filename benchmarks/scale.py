@@ -36,6 +36,7 @@ from ffjax.ir.graph import build_graph
 from ffjax.ir.inline import walk
 from ffjax.ir.regions import find_regions
 from ffjax.ir.trace import Program
+from ffjax.options import SearchOptions
 from ffjax.planner import plan_program, trace_step
 from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
@@ -144,7 +145,7 @@ def search_table(layers: Sequence[int], hosts: Sequence[int]) -> list[str]:
             for depth in layers:
                 program = transformer(depth, scanned=scanned, hosts=devices)
                 began = time.process_time()
-                plan_program(program, cluster=cluster, memory="2000GiB")
+                plan_program(program, SearchOptions(cluster=cluster, memory="2000GiB"))
                 seconds, count = time.process_time() - began, equations(program)
                 least = least or seconds
                 lines.append(

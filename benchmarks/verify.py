@@ -16,6 +16,7 @@ import numpy as np
 from tables import write
 
 import ffjax
+from ffjax.options import SearchOptions
 from ffjax.planner import plan_program, trace_step
 from ffjax.verifying import Verification, verify
 
@@ -48,7 +49,7 @@ def main() -> None:
             own: list[tuple[float, float]] = []
             for strategy in STRATEGIES:
                 try:
-                    plan = plan_program(program, cluster=cluster, mesh=mesh, strategy=strategy)
+                    plan = plan_program(program, SearchOptions(cluster=cluster, mesh=mesh, strategy=strategy))
                 except ffjax.errors.PlanError:
                     continue  # no use for this mesh, or too big
                 checked = verify(plan, cluster, devices)

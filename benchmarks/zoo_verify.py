@@ -18,6 +18,7 @@ from tables import write
 from zoo.registry import build
 from zoo_search import cluster_of
 
+from ffjax.options import SearchOptions
 from ffjax.plan import Competitor
 from ffjax.planner import plan_program, trace_step
 from ffjax.strategies.session import AUTO
@@ -46,14 +47,14 @@ def main() -> None:
             batch = cluster.devices * PER_DEVICE.get(name, 1)
             made = build(name, batch, **changes)
             program = trace_step(made.step, made.args, {}, donate_argnums=0)
-            found = plan_program(program, cluster=cluster)
+            found = plan_program(program, SearchOptions(cluster=cluster))
             best: dict[str, Competitor] = {}
             for c in sorted(found.search.competitors, key=by_step):
                 if c.fits and c.strategy != AUTO:
                     best.setdefault(c.strategy, c)
             meshes = {str(m): m.as_dict() for m in cluster.mesh_shapes(max_axes=2)}
             plans = {AUTO: found} | {
-                named: plan_program(program, cluster=cluster, strategy=named, mesh=meshes[c.mesh])
+                named: plan_program(program, SearchOptions(cluster=cluster, strategy=named, mesh=meshes[c.mesh]))
                 for named, c in list(best.items())[:NAMED]
             }
             own = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ffjax.cost.kernels import is_outer_product
+from ffjax.cost.fusion import is_outer_product
 from ffjax.cost.latency_hiding import LOOP, Node
 from ffjax.cost.moves import Move
 from ffjax.ir.graph import NO_VALUE, Graph, Op

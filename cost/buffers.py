@@ -1,6 +1,6 @@
 """Which values are in memory, rather than inside a fusion, under one compiler.
 
-`ffjax.cost.kernels.materialised` says what any compiler has to keep; compilers differ in what else they store rather
+`ffjax.cost.fusion` says what any compiler has to keep; compilers differ in what else they store rather
 than compute again, and in what they compute as they read it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ffjax.cost.compilers import Compiler
-from ffjax.cost.kernels import fusible_ops, materialised
+from ffjax.cost.fusion import find_fusions, fusible_ops
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.op_kinds import is_reduction
 
@@ -20,7 +20,7 @@ _FEW = 8
 """Of kernels that read a value: more make no difference."""
 _REPEATED = frozenset(
     ["abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "copy", "floor", "max", "min", "mul"]
-) | frozenset(["neg", "not", "or", "round", "select_n", "sign", "sub", "xor"])
+).union(["neg", "not", "or", "round", "select_n", "sign", "sub", "xor"])
 """What XLA computes again in each kernel that reads it (`InstructionFusion::IsExpensive`), if it reads one array."""
 _BROADCASTS = frozenset(["broadcast_in_dim", "iota"])
 _COMPARISONS = frozenset(["gt", "ge", "lt", "le", "eq", "ne"])
@@ -48,14 +48,14 @@ def fused_gathers(graph: Graph, maps: Sequence[bool]) -> list[bool]:
 
 
 def buffered(graph: Graph, compiler: Compiler, maps: Sequence[bool]) -> list[bool]:
-    """For each value whether it is in memory: what `materialised` says, as far as this compiler fuses so.
+    """For each value whether it is in memory: what `find_fusions` says, as far as this compiler fuses so.
 
     Args:
       graph: the program.
       compiler: what compiles it.
       maps: `mapping_ops` of the program.
     """
-    in_memory = materialised(graph)
+    in_memory = list(find_fusions(graph).in_memory)
     readers: list[list[int]] = [[] for _ in graph.values]
     for op in graph.ops:
         for value in op.operands:

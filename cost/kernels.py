@@ -1,16 +1,11 @@
-"""What each op costs to run: its arithmetic, and the bytes that cross the borders of fusions.
+"""What each op costs to run: its arithmetic, and the bytes that cross the borders of fusions (`ffjax.cost.fusion`).
 
-XLA fuses chains of elementwise ops, broadcasts and layout changes into the kernel that reads or writes memory, so
-bytes are counted where a value really is in memory:
+    a kernel    one op that does work, or one result of fused ops that is in memory
+    its bytes   operands and results of an op that does work; for fused ops one read of a value in memory by each
+                pass, and one write of each result in memory
+    beside it   what loops and dots move (`ffjax.cost.moved_kernels`)
 
-    a value is materialised  if what makes it is no fusible op, or if something other than a fusible op reads it
-    a kernel                 = one op that does work, or one materialised result of fusible ops
-    its bytes                = operands and results of an op that does work; for fusible ops one read per pass of a
-                               region and materialised value, one write per materialised result
-
-Fusible ops of a region are one pass over its data if none of them waits for an op that does work, or for a sum over
-more than rows, that another of them feeds. A later pass (the backward one, of a softmax) reads again what is in memory,
-and makes again from it what is not.
+A later pass (the backward one, of a softmax) reads again what is in memory, and makes again from it what is not.
 """
 
 from __future__ import annotations
@@ -20,26 +15,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ffjax.cost.work import Work, work_of
+from ffjax.cost.fusion import BORDERS, FREE, Fusions, find_fusions
+from ffjax.cost.moved_kernels import Move, moves
+from ffjax.cost.work import ELEMENTWISE, Work, work_of
 from ffjax.ir import compat
 from ffjax.ir.graph import NO_VALUE, Graph, Op
-from ffjax.ir.op_kinds import is_light, is_reduction
 from ffjax.ir.regions import Dims, OpDims, Region, Regions
 
-_BORDERS = frozenset({"argument", "result", "enter", "exit"})
-_FREE = frozenset(
-    [
-        "stop_gradient",
-        "name",
-        "optimization_barrier",
-        "copy_p",
-        "sharding_constraint",
-        "reshard",
-        "random_wrap",
-        "random_unwrap",
-    ]
-)
-_LAYOUT = frozenset({"transpose", "reshape", "squeeze", "expand_dims", "bitcast_convert_type"})
 _FLOPS_PER_ELEMENT = {
     **dict.fromkeys(("div", "sqrt", "rsqrt", "cbrt", "rem"), 4.0),
     **dict.fromkeys(("exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "sin", "cos", "tan"), 16.0),
@@ -80,20 +62,18 @@ class _Task:
 
 
 def kernels(regions: Regions) -> list[Kernel]:
-    """The kernels of a program, in the order of its ops."""
+    """The kernels of a program, in the order of its ops; an op may run several."""
     graph = regions.graph
-    fused = fusible_ops(graph)
-    in_memory = materialised(graph, fused)
-    passes = _passes(graph, fused)
+    fusions = find_fusions(graph)
     made: list[Kernel] = []
     tasks: dict[tuple[int, int], _Task] = {}
-    read: set[tuple[int, int, Dims, int]] = set()
+    read: set[tuple[int, int]] = set()
     for region in regions.regions:
         for op_id, dims in zip(region.ops, region.dims, strict=True):
             op = graph.ops[op_id]
-            if op.kind in _BORDERS or op.kind in _FREE:
+            if op.kind in BORDERS or op.kind in FREE:
                 continue
-            inside = fused[op_id]
+            inside = fusions.fused[op_id]
             if inside and all(graph.values[v].constant for v in op.results):
                 continue
             task = tasks.get((op.alike, id(dims)))
@@ -101,11 +81,11 @@ def kernels(regions: Regions) -> list[Kernel]:
                 task = tasks[op.alike, id(dims)] = _task(graph, op, dims, fused=inside)
             traffic = task.traffic
             if inside:
-                fresh = _reads(regions, region, op_id, in_memory, passes, read)
+                fresh = _reads(regions, region, op_id, fusions, read)
                 writes = [
                     (port, graph.values[value].bytes)
                     for value, port in zip(op.results, dims.results, strict=True)
-                    if in_memory[value]
+                    if fusions.in_memory[value]
                 ]
                 traffic = (*fresh, *writes)
                 if not traffic and op.kind not in _FLOPS_PER_ELEMENT:
@@ -116,15 +96,36 @@ def kernels(regions: Regions) -> list[Kernel]:
                     region=region.id,
                     trips=graph.scopes[op.scope].trips,
                     flops=task.flops,
-                    matmul=op.kind in MATMULS,
+                    matmul=op.kind in MATMULS and not inside,
                     dtype=task.dtype,
-                    launches=1 if not inside or any(in_memory[v] for v in op.results) else 0,
+                    launches=1 if not inside or any(fusions.in_memory[v] for v in op.results) else 0,
                     traffic=traffic,
                     iteration=task.iteration,
                     work=task.work,
                 )
             )
+    runs = {k.op for k in made}
+    made += [_moving(regions, move) for move in moves(graph, fusions) if move.port[0] in runs]
     return sorted(made, key=lambda k: k.op)
+
+
+def _moving(regions: Regions, move: Move) -> Kernel:
+    op_id, side, index = move.port
+    op, ports = regions.graph.ops[op_id], regions.ports[op_id]
+    values, dims = (op.operands, ports.operands) if side == "operand" else (op.results, ports.results)
+    value, port = regions.graph.values[values[index]], dims[index]
+    return Kernel(
+        op=op_id,
+        region=regions.region_of[op_id],
+        trips=regions.graph.scopes[op.scope].trips,
+        flops=0.0,
+        matmul=False,
+        dtype=value.dtype,
+        launches=move.launches,
+        traffic=((port, move.passes * value.bytes),),
+        iteration=tuple(dict.fromkeys(a for dim in port for a in dim)),
+        work=Work(kind=ELEMENTWISE),
+    )
 
 
 def _task(graph: Graph, op: Op, dims: OpDims, *, fused: bool) -> _Task:
@@ -137,55 +138,25 @@ def _task(graph: Graph, op: Op, dims: OpDims, *, fused: bool) -> _Task:
     )
 
 
-def _passes(graph: Graph, fused: Sequence[bool]) -> list[int]:
-    """For each op how many other kernels, one after the other, it waits for."""
-    passes = [0] * len(graph.ops)
-    after = [0] * len(graph.values)
-    """The same of what reads a value."""
-    for op in graph.ops:
-        before = 0
-        for value in op.operands:
-            if value != NO_VALUE and not graph.values[value].constant and after[value] > before:
-                before = after[value]
-        passes[op.id] = before
-        before += _ends_a_pass(op, fused=fused[op.id])
-        for value in op.results:
-            after[value] = before
-    return passes
-
-
-def _ends_a_pass(op: Op, *, fused: bool) -> bool:
-    """Whether what reads an op's results is another kernel. Sums along rows are kept in one with what reads them."""
-    if not is_reduction(op):
-        return not fused
-    if op.eqn is None or "axes" not in op.eqn.params:
-        return True
-    rank, axes = len(compat.shape_of(op.eqn.invars[0])), op.eqn.params["axes"]
-    return sorted(axes) != list(range(rank - len(axes), rank)) or len(axes) == rank
-
-
 def _reads(
-    regions: Regions,
-    region: Region,
-    op_id: int,
-    in_memory: Sequence[bool],
-    passes: Sequence[int],
-    read: set[tuple[int, int, Dims, int]],
+    regions: Regions, region: Region, op_id: int, fusions: Fusions, read: set[tuple[int, int]]
 ) -> list[tuple[Dims, float]]:
-    """What a fusible op is the first of its region's pass to read from memory; `read` is added to."""
-    graph, now = regions.graph, passes[op_id]
+    """What a fused op is the first of its pass to read from memory: of what it slices, its part. `read` is added to."""
+    graph, in_memory, passes = regions.graph, fusions.in_memory, fusions.passes
+    reader, now = graph.ops[op_id], passes[op_id]
+    part = graph.values[reader.results[0]].bytes if reader.kind == "slice" else math.inf
     fresh: list[tuple[Dims, float]] = []
-    ahead = list(zip(graph.ops[op_id].operands, regions.ports[op_id].operands, strict=True))
+    ahead = list(zip(reader.operands, regions.ports[op_id].operands, strict=True))
     while ahead:
         value, port = ahead.pop()
-        if value == NO_VALUE or graph.values[value].constant or (region.id, value, port, now) in read:
+        if value == NO_VALUE or graph.values[value].constant or (value, now) in read:
             continue
         producer = graph.ops[graph.values[value].producer]
         if not in_memory[value] and passes[producer.id] == now:
             continue  # made in this pass
-        read.add((region.id, value, port, now))
+        read.add((value, now))
         if in_memory[value] or regions.region_of[producer.id] != region.id:
-            fresh.append((port, graph.values[value].bytes))
+            fresh.append((port, min(part, graph.values[value].bytes)))
         else:
             ahead += zip(producer.operands, regions.ports[producer.id].operands, strict=True)
     return fresh
@@ -205,53 +176,6 @@ def by_family(kernels: Sequence[Kernel], keys: Sequence[str]) -> dict[str, list[
     for first, trips in alike.values():
         families.setdefault(keys[first.region], []).append(dataclasses.replace(first, trips=trips))
     return families
-
-
-def fusible(op: Op) -> bool:
-    """Whether XLA puts the op inside a fusion with its neighbours."""
-    follows = is_light(op) or is_reduction(op) or op.kind in _LAYOUT or op.kind in _FREE or is_outer_product(op)
-    return op.kind not in _BORDERS and follows
-
-
-def is_outer_product(op: Op) -> bool:
-    """Whether an op is a product that adds nothing up: XLA multiplies broadcasts, elementwise, in its place."""
-    return op.kind == "dot_general" and not op.rule.reduction
-
-
-def fusible_ops(graph: Graph) -> list[bool]:
-    """For each op whether XLA puts it inside a fusion. Equal equations share a rule, so few are looked at."""
-    known: dict[tuple[str, int], bool] = {}
-    found = []
-    for op in graph.ops:
-        key = (op.kind, id(op.rule))
-        if key not in known:
-            known[key] = fusible(op)
-        found.append(known[key])
-    return found
-
-
-def materialised(graph: Graph, fused: Sequence[bool] | None = None) -> list[bool]:
-    """For each value whether it is in memory rather than inside a fusion. `fused`: `fusible_ops`, if they are known."""
-    fused = fusible_ops(graph) if fused is None else fused
-    in_memory = [False] * len(graph.values)
-    for op in graph.ops:
-        inside = fused[op.id] and not is_reduction(op)
-        for value in op.results:
-            in_memory[value] |= not inside
-    for op in reversed(graph.ops):
-        if fused[op.id]:
-            if op.kind in _LAYOUT | _FREE and any(in_memory[v] for v in op.results):
-                # A layout change is part of the kernel that reads it: what it reads is in memory in its stead.
-                for value in op.operands:
-                    if value != NO_VALUE:
-                        in_memory[value] = True
-                for value in op.results:
-                    in_memory[value] = False
-            continue
-        for value in op.operands:
-            if value != NO_VALUE and not graph.values[value].constant:
-                in_memory[value] = True
-    return in_memory
 
 
 def op_flops(op: Op, graph: Graph) -> float:

@@ -1,4 +1,7 @@
-"""Automatic parallelization for JAX: an ordinary single-device train step, run the fastest way on a cluster."""
+"""Automatic parallelization for JAX: an ordinary single-device train step, run the fastest way on a cluster.
+
+PYTEST_DONT_REWRITE, or pytest, which finds a plugin in this distribution, would warn where ffjax is imported before it.
+"""
 
 from ffjax.autoshard import autoshard
 from ffjax.cost.cluster import Cluster

@@ -27,6 +27,7 @@ from ffjax.cost.simulation.timeline import writer
 from ffjax.demo import agree, report, run_demo, verdict
 from ffjax.errors import FfjaxError
 from ffjax.explain import short_source
+from ffjax.options import FINALISTS, NEVER, SearchOptions
 from ffjax.pareto import front_of
 from ffjax.pareto import writer as front_writer
 from ffjax.plan import Plan
@@ -48,7 +49,10 @@ class _Failure(click.ClickException):
 
 
 class _Commands(click.Group):
-    """What ffjax raises on purpose is a message to the user, not a traceback."""
+    """Listed in the order in which one meets them; what ffjax raises on purpose is a message, not a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -60,7 +64,12 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(ffjax.__version__, prog_name="ffjax")
 def main() -> None:
-    """Finds a fast way to run an ordinary single-device JAX train step on a cluster."""
+    """Finds a fast way to run an ordinary single-device JAX train step on a cluster.
+
+    \b
+    ffjax demo                                               see it work here
+    ffjax plan train.py:train_step --cluster h100 --hosts 2  plan for 16 H100s
+    """
 
 
 @contextlib.contextmanager
@@ -87,9 +96,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
-def _planned(
-    asked: Question, strategy: str, progress: Callable[[str, float], None], *, verify: str = planner.NEVER
-) -> Plan:
+def _planned(asked: Question, strategy: str, progress: Callable[[str, float], None], *, verify: str = NEVER) -> Plan:
     return planner.plan(
         asked.target.step,
         *asked.target.args,
@@ -112,21 +119,21 @@ def _search(asked: Question, strategy: str, progress: Callable[[str, float], Non
     else:
         target = asked.target
         program = planner.trace_step(target.step, target.args, {}, donate_argnums=asked.donate, remat=asked.remat)
-    return planner.ProgramSearch(
-        program,
+    options = SearchOptions(
         cluster=asked.cluster,
         memory=asked.memory,
         strategy=strategy,
         mesh=asked.mesh,
-        pins=asked.pins or None,
+        pins=asked.pins,
         progress=progress,
     )
+    return planner.ProgramSearch(program, options)
 
 
 # -- commands
 
 
-@main.command()
+@main.command(short_help="Finds a plan for a cluster, which need not be there.")
 @with_question
 @click.option("--strategy", default=AUTO, show_default=True, help="auto, or a named strategy.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Where to write the plan as JSON.")
@@ -154,7 +161,7 @@ def plan(asked: Question, strategy: str, out: str | None, verify: bool, pareto: 
         found = _front(asked, strategy, pareto)
     else:
         with _progress() as tell:
-            found = _planned(asked, strategy, tell, verify=planner.FINALISTS if verify else planner.NEVER)
+            found = _planned(asked, strategy, tell, verify=FINALISTS if verify else NEVER)
         click.echo(found.explain(details=details), nl=False)
     if out is not None:
         try:
@@ -178,7 +185,7 @@ def _front(asked: Question, strategy: str, file: str) -> Plan:
     return front.best or front.points[0].plan
 
 
-@main.command()
+@main.command(short_help="Compiles a plan: predicted beside compiled.")
 @with_question
 @click.option("--strategy", default=AUTO, show_default=True, help="auto, or a named strategy.")
 @click.option("--plan", "file", metavar="PLAN.json", help="A saved plan of the step; by default one is searched.")
@@ -204,7 +211,7 @@ def verify(ctx: click.Context, asked: Question, strategy: str, file: str | None)
     ctx.exit(0 if checked.fits else 1)
 
 
-@main.command()
+@main.command(short_help="Says why a saved plan is as it is.")
 @click.argument("file", metavar="PLAN.json")
 @click.option("--details", is_flag=True, help="Everything, not only what matters most.")
 def explain(file: str, details: bool) -> None:
@@ -212,7 +219,7 @@ def explain(file: str, details: bool) -> None:
     click.echo(Plan.load(file).explain(details=details), nl=False)
 
 
-@main.command()
+@main.command(short_help="Shows how two saved plans differ.")
 @click.argument("before", metavar="A.json")
 @click.argument("after", metavar="B.json")
 @click.pass_context
@@ -223,7 +230,7 @@ def diff(ctx: click.Context, before: str, after: str) -> None:
     ctx.exit(1 if lines else 0)
 
 
-@main.command()
+@main.command(short_help="Puts all strategies side by side.")
 @with_question
 @click.option("--html", type=click.Path(dir_okay=False), help="Where to write a report with plots.")
 @click.option(
@@ -258,7 +265,7 @@ def compare(asked: Question, html: str | None, as_json: bool, pareto: bool) -> N
         click.echo(f"\nwritten to {html}", err=True)
 
 
-@main.command()
+@main.command(short_help="Plays one step of a plan: streams, overlap.")
 @with_question
 @click.option("--strategy", default=AUTO, show_default=True, help="auto, or a named strategy.")
 @click.option("--out", type=click.Path(dir_okay=False), help="trace.json (for ui.perfetto.dev) or report.html.")
@@ -293,7 +300,7 @@ def simulate(asked: Question, strategy: str, out: str | None) -> None:
         click.echo(f"\nwritten to {out}", err=True)
 
 
-@main.command()
+@main.command(short_help="Measures the devices that are here.")
 @click.argument("target", metavar="[FILE.py:FUNCTION]", required=False)
 @click.option("--cluster", default=LOCAL, show_default=True, help="Whose plans matter: as for `plan`.")
 @click.option("--hosts", type=click.IntRange(min=1), help="Hosts of that cluster, in place of its own number.")
@@ -369,7 +376,7 @@ def profile(
         click.echo(line)
 
 
-@main.command()
+@main.command(short_help="Lists devices and known clusters.")
 def devices() -> None:
     """Shows what JAX sees here, how it is described, and which clusters are shipped."""
     console = _console()
@@ -393,7 +400,7 @@ def _clusters(clusters: Sequence[Cluster], title: str) -> Table:
     return table
 
 
-@main.command()
+@main.command(short_help="Trains a small GPT on fake CPU devices.")
 @click.option("--config", default="small", show_default=True, type=click.Choice(["tiny", "small"]), help="Its size.")
 @click.option("--steps", default=30, show_default=True, type=click.IntRange(min=2), help="Of training, in each run.")
 @click.option("--devices", "count", default=8, show_default=True, type=click.IntRange(min=2), help="Fake CPU devices.")

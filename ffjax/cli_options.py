@@ -93,21 +93,26 @@ _OPTIONS = (
     click.option("--memory", help="What one device may hold, such as 70GiB; by default all that it has."),
     click.option("--mesh", callback=_mesh, metavar="x=8,y=8", help="The mesh; by default meshes are searched too."),
     click.option(
-        "--pin", "pins", multiple=True, callback=_pins, metavar="PATTERN=SPEC", help="As 'params/**/kernel=None,x'."
+        "--pin",
+        "pins",
+        multiple=True,
+        callback=_pins,
+        metavar="PATTERN=SPEC",
+        help="Shards arguments your way: 'params/**/kernel=None,x'.",
     ),
     click.option(
         "--remat",
         default=AS_WRITTEN,
         show_default=True,
         type=click.Choice([AS_WRITTEN, SEARCH, *CHECKPOINT_POLICIES]),
-        help="What jax.checkpoint regions keep.",
+        help="What jax.checkpoint regions keep; search decides it too.",
     ),
     click.option("--args", "args_from", metavar="FUNCTION", help="Gives the arguments' shapes, as example_args."),
     click.option("--preset", help="A class method of the module's Config, such as gpt2."),
     click.option(
         "--set", "settings", multiple=True, callback=settings_of, metavar="FIELD=VALUE", help="A field of the Config."
     ),
-    click.option("--donate", multiple=True, type=int, help="An argument that the step replaces, by its number."),
+    click.option("--donate", multiple=True, type=int, help="Number of an argument that the step replaces."),
 )
 
 

@@ -162,11 +162,9 @@ def diff(a: Plan, b: Plan) -> str:
         left, right = ({p.path: _placed(p) for p in placements} for placements in (before, after))
         for path in dict.fromkeys([*left, *right]):
             change(side + path, left.get(path, "absent"), right.get(path, "absent"))
-    before_, after_ = ({d.key: d for d in plan.decisions} for plan in (a, b))
-    for key in dict.fromkeys([*before_, *after_]):
-        one, two = before_.get(key), after_.get(key)
+    for one, two in _pairs(a.decisions, b.decisions):
         named = one or two
-        assert named is not None  # the key is of one of them
+        assert named is not None  # a pair has one of them
         change(
             f"{named.what} at {short_source(named.where)} ({named.members} x)",
             "absent" if one is None else _split(one),
@@ -176,6 +174,19 @@ def diff(a: Plan, b: Plan) -> str:
         change("step", seconds_text(a.estimate.step_s), seconds_text(b.estimate.step_s))
         change("peak", bytes_text(a.estimate.peak_bytes), bytes_text(b.estimate.peak_bytes))
     return "\n".join(lines) + "\n" * bool(lines)
+
+
+def _pairs(before: Iterable[Decision], after: Iterable[Decision]) -> Iterable[tuple[Decision | None, Decision | None]]:
+    """Decisions of two plans for the same ops: of one key, or else, as keys also say what is around, of one line."""
+    left, right = ({d.key: d for d in decisions} for decisions in (before, after))
+    others: dict[tuple[str, str], list[Decision]] = {}
+    for d in right.values():
+        if d.key not in left:
+            others.setdefault((d.where, d.what), []).append(d)
+    for key, d in left.items():
+        same = others.get((d.where, d.what))
+        yield d, right[key] if key in right else same.pop(0) if same else None
+    yield from ((None, d) for rest in others.values() for d in rest)
 
 
 def _shares(sources: Mapping[str, float]) -> str:

@@ -83,6 +83,8 @@ class Builder:
     """A function that makes a state, as JAX takes it, and what to do with its result."""
 
     build: Callable[..., Any]
+    arrays: Callable[[Any], Any]
+    """What was built without the graph of its objects: the pytree by whose paths it is found among the arguments."""
     finish: Callable[[Any], Any]
 
 
@@ -96,6 +98,11 @@ def as_builder(init_fn: Callable[..., Any]) -> Builder:
         objects = made if isinstance(made, tuple) else (made,)
         return _split({str(i): o for i, o in enumerate(objects)})
 
+    def arrays(made: Any) -> Any:
+        if not isinstance(made, _State):
+            return made
+        return tuple(made.arrays.values()) if len(made.arrays) > 1 else made.arrays["0"]
+
     def finish(made: Any) -> Any:
         if not isinstance(made, _State):
             return made
@@ -104,7 +111,26 @@ def as_builder(init_fn: Callable[..., Any]) -> Builder:
         live = tuple(nnx.merge(made.graph, made.arrays).values())
         return live if len(live) > 1 else live[0]
 
-    return Builder(build=build, finish=finish)
+    return Builder(build=build, arrays=arrays, finish=finish)
+
+
+def as_arrays(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A state with its NNX objects as nested dictionaries of their arrays, and what puts arrays back into them.
+
+    Of one object, or a tuple of them; any other state stays as it is.
+    """
+    if not has_objects(tree):
+        return tree, lambda arrays: arrays
+    from flax import nnx
+
+    objects = {str(i): o for i, o in enumerate(tree)} if isinstance(tree, tuple) else {"0": tree}
+    arrays = _split(objects).arrays
+
+    def finish(placed: Any) -> Any:
+        nnx.update(objects, {str(i): p for i, p in enumerate(placed)} if isinstance(tree, tuple) else {"0": placed})
+        return tree
+
+    return (tuple(arrays[name] for name in objects) if isinstance(tree, tuple) else arrays["0"]), finish
 
 
 def has_objects(tree: Any) -> bool:

@@ -21,8 +21,10 @@ from ffjax.cost.simulation.limits import MoreMemory
 from ffjax.errors import FfjaxError
 from ffjax.explain import table
 from ffjax.inputs import warn_if_batch_is_whole
+from ffjax.options import SearchOptions
+from ffjax.pins import Pins
 from ffjax.plan import Plan
-from ffjax.planner import Pins, ProgramSearch, trace_step
+from ffjax.planner import ProgramSearch, trace_step
 from ffjax.strategies.pareto import pareto_front
 from ffjax.strategies.search import Progress, SearchResult
 from ffjax.strategies.session import AUTO
@@ -199,16 +201,8 @@ def pareto(
     """
     began = time.perf_counter()
     program = trace_step(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
-    asked = ProgramSearch(
-        program,
-        cluster=cluster,
-        memory=memory,
-        strategy=strategy,
-        mesh=mesh,
-        pins=pins,
-        progress=progress,
-        trace_s=time.perf_counter() - began,
-    )
+    options = SearchOptions(cluster=cluster, memory=memory, strategy=strategy, mesh=mesh, pins=pins, progress=progress)
+    asked = ProgramSearch(program, options, trace_s=time.perf_counter() - began)
     result = asked.search(asked.budget_bytes)
     warn_if_batch_is_whole(asked.regions, result, stacklevel=3)
     return front_of(asked, result)

@@ -253,6 +253,30 @@ class Plan:
 
         return verify(self, cluster_of_plan(self, cluster), devices)
 
+    def place_state(
+        self,
+        state: Any,
+        argument: str | None = None,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        donate: bool = False,
+    ) -> Any:
+        """A live state moved to where this plan wants it, on the first of `devices` (by default all).
+
+        Needs no program: a loaded plan will do. See `place_state` of an autosharded step.
+        """
+        from ffjax.state import Places
+
+        return Places(self, devices or jax.devices()).place_state(state, argument, donate=donate)
+
+    def abstract_state(
+        self, state: Any, argument: str | None = None, *, devices: Sequence[jax.Device] | None = None
+    ) -> Any:
+        """Shapes, dtypes and shardings of a state under this plan; see `abstract_state` of an autosharded step."""
+        from ffjax.state import Places
+
+        return Places(self, devices or jax.devices()).abstract_state(state, argument)
+
     def explain(self, details: bool = False) -> str:
         """Why: what is sharded how, what it costs, and what the runner-up would have cost."""
         from ffjax.explain import explain

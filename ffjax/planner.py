@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax.sharding import PartitionSpec
-
 from ffjax import nnx
 from ffjax.cost.cluster import Cluster, parse_bytes
 from ffjax.emit.emit import partition_spec
@@ -24,7 +22,8 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import Spec, format_spec
 from ffjax.ir.trace import Program
-from ffjax.pins import check_pins, keep_pins, pin_marks
+from ffjax.options import NEVER, SearchOptions
+from ffjax.pins import Pins, check_pins, keep_pins, pin_marks
 from ffjax.plan import Plan, RematVariant
 from ffjax.plan_report import plan_of, subject
 from ffjax.remat import alternatives, trace_call
@@ -32,9 +31,6 @@ from ffjax.strategies.candidates import is_candidate
 from ffjax.strategies.families import family_keys, members
 from ffjax.strategies.search import MOST_AXES, Progress, SearchResult, search
 from ffjax.strategies.session import AUTO, Found
-
-Pins = Mapping[str, PartitionSpec]
-NEVER, FINALISTS = "never", "finalists"
 
 
 def plan(
@@ -73,22 +69,29 @@ def plan(
 
     Raises:
       TraceError, ClusterError, PinError, BudgetError, PlanError: each names the input and the remedy.
+
+    >>> import jax, jax.numpy as jnp
+    >>> w, x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32), jax.ShapeDtypeStruct((65536, 4096), jnp.float32)
+    >>> found = plan(lambda w, x: w - x.T @ (x @ w), w, x, cluster=Cluster.named("h100", hosts=2), strategy="fsdp")
+    >>> found.devices, sorted(c.kind for c in found.estimate.collectives)
+    (16, ['all_gather', 'reduce_scatter'])
     """
     began = time.perf_counter()
-    call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
-    program = trace_call(call, remat)
-    return plan_program(
-        program,
-        others=alternatives(call, program, remat),
+    options = SearchOptions(
         cluster=cluster,
         memory=memory,
         strategy=strategy,
         mesh=mesh,
         pins=pins,
         verify=verify,
+        remat=remat,
         progress=progress,
-        trace_s=time.perf_counter() - began,
     )
+    options.check()
+    call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    program = trace_call(call, remat)
+    others = alternatives(call, program, remat)
+    return plan_program(program, options, others=others, trace_s=time.perf_counter() - began)
 
 
 def trace_step(
@@ -113,7 +116,11 @@ def call_of(
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
 ) -> nnx.Call:
-    """A step and its arguments as a function of arrays."""
+    """A step and its arguments as a function of arrays; of a step under `autoshard` what is under it."""
+    from ffjax.sharded import Sharded
+
+    if isinstance(step, Sharded):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # of functools.update_wrapper
     static = argnums(static_argnums, len(args), "static_argnums")
     donated = argnums(donate_argnums, len(args), "donate_argnums")
     return nnx.as_function(step, args, kwargs, static, donated)
@@ -121,38 +128,22 @@ def call_of(
 
 def plan_program(
     program: Program,
+    options: SearchOptions | None = None,
     *,
-    cluster: Cluster | None = None,
-    memory: str | float | None = None,
-    strategy: str = AUTO,
-    mesh: Mapping[str, int] | None = None,
-    pins: Pins | None = None,
-    verify: str = NEVER,
     others: Sequence[Program] = (),
-    progress: Progress | None = None,
     trace_s: float = 0.0,
 ) -> Plan:
     """Searches a plan for a program that is traced already; see `plan`.
 
     `others` are the same step under other policies of its `jax.checkpoint` regions: the fastest of all wins.
     """
-    if verify not in (NEVER, FINALISTS):
-        raise PlanError(
-            f"verify={verify!r} is no way to verify. Remedy: {NEVER!r}, or {FINALISTS!r} to compile the best."
-        )
+    options = options or SearchOptions()
+    options.check()
     programs = (program, *others)
     variants: dict[object, _Variant] = {}
     for index, each in enumerate(programs):
-        asked = ProgramSearch(
-            each,
-            cluster=cluster,
-            memory=memory,
-            strategy=strategy,
-            mesh=mesh,
-            pins=pins,
-            progress=_part(progress, index, programs),
-            trace_s=0.0 if index else trace_s,
-        )
+        own = dataclasses.replace(options, progress=_part(options.progress, index, programs))
+        asked = ProgramSearch(each, own, trace_s=0.0 if index else trace_s)
         key = fingerprint(asked.regions) if others else None
         if key not in variants:
             variants[key] = _Variant(asked, asked.search(asked.budget_bytes))
@@ -169,7 +160,7 @@ def plan_program(
     for variant in ranked:
         variant.asked.seconds = seconds
     rows = _rows(ranked) if len(ranked) > 1 else ()
-    if verify == NEVER:
+    if options.verify == NEVER:
         return _with_rows(best.asked.plan(best.result, best.result.best), rows)
     return _with_rows(_fastest_compiled([v.settled for v in ranked if v.result.best.fits]), rows)
 
@@ -177,23 +168,19 @@ def plan_program(
 class ProgramSearch:
     """What is asked of one program, checked; see `plan`. Searches share its analysis."""
 
-    def __init__(
-        self,
-        program: Program,
-        *,
-        cluster: Cluster | None = None,
-        memory: str | float | None = None,
-        strategy: str = AUTO,
-        mesh: Mapping[str, int] | None = None,
-        pins: Pins | None = None,
-        progress: Progress | None = None,
-        trace_s: float = 0.0,
-    ) -> None:
+    def __init__(self, program: Program, options: SearchOptions | None = None, *, trace_s: float = 0.0) -> None:
         began = time.perf_counter()
-        self.program, self.strategy, self.pins, self.progress = program, strategy, pins or {}, progress
-        self.cluster = cluster_of(cluster)
+        options = options or SearchOptions()
+        self.program, self.strategy, self.pins, self.progress = (
+            program,
+            options.strategy,
+            options.pins or {},
+            options.progress,
+        )
+        self.cluster = cluster_of(options.cluster)
+        memory = options.memory
         self.budget_bytes = float(self.cluster.device.memory_bytes if memory is None else parse_bytes(memory))
-        self.meshes = None if mesh is None else [mesh_of(mesh, self.cluster)]
+        self.meshes = None if options.mesh is None else [mesh_of(options.mesh, self.cluster)]
         self.regions = find_regions(build_graph(program))
         if self.pins:
             check_pins(self.regions, self.pins, self.meshes or self.cluster.mesh_shapes(max_axes=MOST_AXES))

@@ -21,9 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ffjax.autoshard import Sharded
 from ffjax.cost.toml_fields import did_you_mean
 from ffjax.errors import FfjaxError
+from ffjax.sharded import Sharded
 
 EXAMPLE_ARGS = "example_args"
 

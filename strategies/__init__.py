@@ -1,5 +1,6 @@
 """Candidates, named strategies and search. Importing this package registers the named strategies."""
 
+from ffjax.ir.spec import MeshShape
 from ffjax.strategies import (
     data_parallel,
     expert_parallel,
@@ -13,9 +14,10 @@ from ffjax.strategies import (
     zero1,
     zero2,
 )
-from ffjax.strategies.base import Role, Strategy, all_strategies, named, register
+from ffjax.strategies.base import Role, Strategy, all_strategies, named, register, unregister
 
 __all__ = [
+    "MeshShape",
     "Role",
     "Strategy",
     "all_strategies",
@@ -30,6 +32,7 @@ __all__ = [
     "spatial",
     "tensor_parallel",
     "tensor_parallel_sequence",
+    "unregister",
     "zero1",
     "zero2",
 ]

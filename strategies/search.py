@@ -87,9 +87,7 @@ def search(
         tried = {s.name: _natural(s, meshes) for s in strategies}
     else:
         tried = {s.name: list(meshes) for s in strategies}
-    pairs = [
-        (s, m, roles) for m in meshes for s in strategies if m in tried[s.name] and (roles := s.roles(m)) is not None
-    ]
+    pairs = [(s, m, roles) for m in meshes for s in strategies if m in tried[s.name] and (roles := s.on(m)) is not None]
     if not pairs and strategy != AUTO:
         raise ValueError(
             f"strategy {strategy!r} has no use for the meshes {', '.join(map(str, meshes))}; give it one with more axes"
@@ -159,7 +157,7 @@ def _why_unused(strategy: Strategy, lacks: Mapping[str, str], pairs: Sequence[tu
 
 def _natural(strategy: Strategy, meshes: Sequence[MeshShape]) -> list[MeshShape]:
     """Where an expert would try a strategy: all meshes if its axes differ in role, else the simplest of each rank."""
-    if any(len(set(roles)) > 1 for m in meshes if (roles := strategy.roles(m)) is not None):
+    if any(len(set(roles)) > 1 for m in meshes if (roles := strategy.on(m)) is not None):
         return list(meshes)
     return list({len(m.axes): m for m in reversed(meshes)}.values())
 

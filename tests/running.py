@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-from ffjax.autoshard import place
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.emit.emit import in_shardings
@@ -21,6 +20,7 @@ from ffjax.ir.layout import Layout, PlannedCollective
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import CountedCollective, MeshShape
 from ffjax.nnx import has_objects
+from ffjax.placing import place
 from ffjax.strategies.candidates import candidates
 from ffjax.strategies.families import family_keys, members
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ffjax
+from ffjax import sharded as sharded_module
 from ffjax.testing import assert_same_numerics
-
-# The function of the same name hides the module.
-autoshard_module = sys.modules["ffjax.autoshard"]
 
 Tree = dict[str, Any]
 MESH = {"x": 4, "y": 2}
@@ -59,8 +56,8 @@ class Counted:
 
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    counted = Counted(autoshard_module.plan_program)
-    monkeypatch.setattr(autoshard_module, "plan_program", counted)
+    counted = Counted(sharded_module.plan_program)
+    monkeypatch.setattr(sharded_module, "plan_program", counted)
     return counted
 
 
@@ -325,3 +322,20 @@ def test_closed_over_arrays_are_placed_once() -> None:
     before = [c.unsafe_buffer_pointer() if len(c.devices()) == 1 else id(c) for c in runner.closures]
     sharded(batch())
     assert [c.unsafe_buffer_pointer() if len(c.devices()) == 1 else id(c) for c in runner.closures] == before
+
+
+def test_a_step_under_autoshard_is_planned_as_the_function_that_it_is() -> None:
+    decorated = ffjax.autoshard(step, mesh=MESH)
+    decorated(state(), batch())
+    assert ffjax.plan(decorated, state(), batch(), mesh=MESH).to_json().count('"decisions"') == 1
+    again = ffjax.autoshard(decorated, mesh=MESH, strategy="fsdp")
+    assert_same_numerics(again(state(), batch()), jax.jit(step)(state(), batch()))
+    assert again.plan(state(), batch()).strategy == "fsdp"
+
+
+def test_inside_a_transformation_it_says_what_to_transform() -> None:
+    decorated = ffjax.autoshard(step, mesh=MESH)
+    for _ in range(2):  # before and after it has a plan
+        with pytest.raises(ffjax.errors.TraceError, match="inside jax.jit.*Remedy: transform the function"):
+            jax.jit(decorated)(state(), batch())
+        decorated(state(), batch())

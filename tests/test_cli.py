@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import click
 import click.testing
 import pytest
 
@@ -399,3 +400,14 @@ def test_demo_runs(tmp_path: Path) -> None:
     assert "loss curves agree: over 3 steps" in done.stdout
     assert "train_step on 8 devices of 'cpu'" in done.stdout
     assert "max |difference|" in done.stdout
+
+
+def test_help_reads_well() -> None:
+    overview = click.testing.CliRunner().invoke(cli.main, ["--help"], prog_name="ffjax").output
+    assert "ffjax demo" in overview
+    assert "..." not in overview.partition("Commands:")[2], "a short_help is too long for a line"
+    for name, command in cli.main.commands.items():
+        assert click.testing.CliRunner().invoke(cli.main, [name, "--help"]).exit_code == 0
+        assert command.help, name
+        for option in command.params:
+            assert isinstance(option, click.Argument) or (option.help or "").endswith("."), f"{name} {option.name}"

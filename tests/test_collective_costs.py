@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffjax.cost import collectives
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel, collective_seconds
 from ffjax.errors import ClusterError
@@ -28,10 +26,6 @@ def _models(name: str, hosts: int, devices_per_host: int) -> list[CollectiveMode
 
 def _axes(mesh: MeshShape) -> list[tuple[str, ...]]:
     return [axes for n in range(len(mesh.axes) + 1) for axes in itertools.combinations(mesh.axes, n)]
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(collectives).failed == 0
 
 
 @pytest.mark.parametrize("kind", COLLECTIVE_KINDS)

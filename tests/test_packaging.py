@@ -19,15 +19,16 @@ import ffjax
 ROOT = Path(__file__).resolve().parent.parent
 TREES = {"ffjax": "ffjax", "cost": "ffjax/cost", "strategies": "ffjax/strategies", "examples": "ffjax/examples"}
 """Each source tree and where it is installed."""
+PLUGIN = "pytest_ffjax.py"
 
 
 def source_files() -> dict[Path, str]:
-    """Each file of the package, and its place in a wheel; `examples/README.md` is for readers of the repository."""
-    return {
+    """Each file of the distribution and its place in a wheel; a README and a user's project are for the repository."""
+    return {ROOT / PLUGIN: PLUGIN} | {
         path: f"{installed}/{path.relative_to(ROOT / tree).as_posix()}"
         for tree, installed in TREES.items()
         for path in sorted((ROOT / tree).rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
+        if path.is_file() and not {"__pycache__", "own_project"} & set(path.parts) and path.suffix != ".md"
     }
 
 
@@ -47,7 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     tmp = tmp_path_factory.mktemp("build")
     for tree in TREES:
         shutil.copytree(ROOT / tree, tmp / "copy" / tree, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", PLUGIN):
         shutil.copy(ROOT / name, tmp / "copy")
     with tarfile.open(build("sdist", tmp / "copy", tmp / "sdist")) as sdist:
         sdist.extractall(tmp / "unpacked", filter="data")
@@ -61,16 +62,26 @@ def test_wheel_has_every_module_and_data_file_and_nothing_else(wheel: zipfile.Zi
     assert sorted(names) == sorted(source_files().values()), "mend [tool.setuptools] packages or package-data"
 
 
-def test_wheel_has_license_and_command(wheel: zipfile.ZipFile) -> None:
+def test_wheel_has_license_command_and_plugin(wheel: zipfile.ZipFile) -> None:
     info = {name.split(".dist-info/")[1]: name for name in wheel.namelist() if ".dist-info/" in name}
     assert "licenses/LICENSE" in info
-    assert "ffjax = ffjax.cli:main" in wheel.read(info["entry_points.txt"]).decode()
+    entry_points = wheel.read(info["entry_points.txt"]).decode()
+    assert "ffjax = ffjax.cli:main" in entry_points
+    assert "[pytest11]\npytest_ffjax = pytest_ffjax" in entry_points
     assert f"Version: {ffjax.__version__}" in wheel.read(info["METADATA"]).decode()
 
 
 def test_installed_command_loads() -> None:
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="ffjax")
     assert callable(command.load())
+
+
+def test_pytest_neither_imports_jax_nor_warns_because_ffjax_is_installed() -> None:
+    (plugin,) = importlib.metadata.entry_points(group="pytest11", name="pytest_ffjax")
+    code = f"import sys, {plugin.module}; assert not {{'jax', 'ffjax'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    # What it looks for in a package that it would rewrite but finds imported; see `AssertionRewritingHook`.
+    assert "PYTEST_DONT_REWRITE" in (ffjax.__doc__ or "")
 
 
 def test_type_checkers_overlay_points_at_the_trees() -> None:

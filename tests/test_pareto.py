@@ -23,6 +23,7 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.simulation.limits import FasterLink, Limits, MoreMemory, StreamUse
 from ffjax.errors import BudgetError, FfjaxError, PlanError
 from ffjax.ir.spec import MeshShape
+from ffjax.options import SearchOptions
 from ffjax.pareto import Front
 from ffjax.plan import Plan
 from ffjax.planner import ProgramSearch, trace_step
@@ -58,7 +59,7 @@ def searched(name: str, memory: str | None = None) -> tuple[ProgramSearch, Searc
     module = importlib.import_module(f"ffjax.examples.{name}")
     config = module.Config.tiny()
     program = trace_step(module.make_train_step(config), module.example_args(config), {}, donate_argnums=0)
-    asked = ProgramSearch(program, cluster=H100S, memory=memory)
+    asked = ProgramSearch(program, SearchOptions(cluster=H100S, memory=memory))
     result = asked.search(asked.budget_bytes)
     return asked, result, pareto_front(result, solves=8)
 

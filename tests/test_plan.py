@@ -20,12 +20,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ffjax
+from ffjax import sharded as sharded_module
 from ffjax.cost.cluster import Cluster
+from ffjax.emit.emit import in_shardings
+from ffjax.emit.run import device_mesh
 from ffjax.errors import ClusterError, FfjaxWarning
 from ffjax.plan import Plan
-
-# The function of the same name hides the module.
-autoshard_module = sys.modules["ffjax.autoshard"]
 
 Tree = dict[str, Any]
 MESH = {"x": 4, "y": 2}
@@ -216,6 +216,17 @@ def test_diff_is_empty_for_equals_and_names_what_changed() -> None:
     assert any(line.startswith("+ mesh: {'x': 8}") for line in plan.diff(planned(mesh={"x": 8})).splitlines())
 
 
+def test_diff_pairs_decisions_of_one_line() -> None:
+    """A pin changes the keys of what is around it, though not what is decided there."""
+    plan = planned()
+    pinned = planned(pins={"batch/x": plan.spec("batch/x")})
+    assert {d.key for d in plan.decisions} != {d.key for d in pinned.decisions}
+    assert plan.diff(pinned) == ""
+    moved = dataclasses.replace(pinned, decisions=pinned.decisions[1:])
+    assert [line[:1] for line in plan.diff(moved).splitlines()] == ["-", "+"]
+    assert "absent" in plan.diff(moved)
+
+
 def test_pins_fix_what_they_name_and_the_rest_is_searched() -> None:
     plan = planned(pins={"params/**/kernel": P(None, "x")})
     free = planned()
@@ -238,13 +249,13 @@ def test_a_pin_on_one_of_many_alike(layer: int) -> None:
 
 def count_searches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    search = autoshard_module.plan_program
+    search = sharded_module.plan_program
 
-    def counting(program: Any, **options: Any) -> Plan:
+    def counting(program: Any, *options: Any, **others: Any) -> Plan:
         calls.append(program.name)
-        return search(program, **options)
+        return search(program, *options, **others)
 
-    monkeypatch.setattr(autoshard_module, "plan_program", counting)
+    monkeypatch.setattr(sharded_module, "plan_program", counting)
     return calls
 
 
@@ -329,7 +340,7 @@ def test_the_compiled_init_has_no_whole_state() -> None:
     """Not even for a moment: the program that makes the state has pieces of it only."""
     sharded = ffjax.autoshard(step, mesh=MESH, strategy="fsdp")
     plan = sharded.plan(*arguments())
-    placed = autoshard_module.in_shardings(plan.bound, autoshard_module.device_mesh(plan.mesh, jax.devices()))
+    placed = in_shardings(plan.bound, device_mesh(plan.mesh, jax.devices()))
     tree = jax.tree.structure(arguments()[0])
     compiled = jax.jit(init, out_shardings=jax.tree.unflatten(tree, placed[: tree.num_leaves]))
     memory = compiled.lower(jax.random.key(0)).compile().memory_analysis()

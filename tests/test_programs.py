@@ -22,7 +22,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ffjax
-from ffjax.autoshard import Sharded
 from ffjax.emit.oracle import explicit_collectives
 from ffjax.emit.run import device_mesh, jitted
 from ffjax.errors import FfjaxWarning
@@ -32,6 +31,7 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
 from ffjax.planner import trace_step
+from ffjax.sharded import Sharded
 from ffjax.testing import assert_same_numerics
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import ffjax
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import by_family, kernels
-from ffjax.errors import PlanError
+from ffjax.errors import FfjaxWarning, PlanError
 from ffjax.ir.dims import named_dims
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape, Spec, spec_axes
 from ffjax.planner import trace_step
-from ffjax.strategies.base import all_strategies
+from ffjax.strategies import base
+from ffjax.strategies.base import Role, Strategy, all_strategies, named, register, unregister
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.problem import build_problem, total_seconds
 from ffjax.strategies.roles import lacking
@@ -154,7 +160,7 @@ def test_every_strategy_is_a_point_of_the_free_space(name: str) -> None:
     where = [{c: i for i, c in enumerate(node.candidates)} for node in free.nodes]
     usage = Usage(program, named_dims(program))
     for strategy in all_strategies():
-        roles = strategy.roles(mesh)
+        roles = strategy.on(mesh)
         if roles is None or lacking(usage, roles):
             continue
         result = search(program, H100S, budget_bytes=1e15, strategy=strategy.name, meshes=[mesh])
@@ -171,3 +177,83 @@ def test_the_search_is_never_worse_than_any_strategy() -> None:
     assert all(result.best.predicted_s <= f.predicted_s for f in result.found)
     free = next(f for f in result.found if f.strategy == "auto")
     assert all(free.step_s <= f.step_s * (1 + 2e-4) for f in result.found)
+
+
+# -- strategies of one's own
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Strategy]]:
+    """One that forgets what a test adds, and has not looked for installed strategies."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    base._import_installed.cache_clear()
+    yield base._REGISTRY
+    base._import_installed.cache_clear()
+
+
+def momentum_step(state: dict[str, Any], x: jax.Array) -> dict[str, Any]:
+    grads = jax.grad(lambda w: jnp.sum(jax.nn.relu(x @ w["up"]) @ w["down"]))(state["params"])
+    mu = jax.tree.map(lambda m, g: 0.9 * m + g, state["mu"], grads)
+    return {"params": jax.tree.map(jnp.subtract, state["params"], mu), "mu": mu}
+
+
+def test_an_own_strategy_competes_and_can_be_asked_for(registry: dict[str, Strategy]) -> None:
+    def roles(mesh: MeshShape) -> tuple[Role, ...] | None:
+        return (Role.ZERO1, Role.TENSOR) if len(mesh.axes) == 2 else None
+
+    def planned(strategy: str) -> ffjax.Plan:
+        x = jax.ShapeDtypeStruct((4096, 8192), jnp.float32)
+        params = {
+            "up": jax.ShapeDtypeStruct((8192, 32768), x.dtype),
+            "down": jax.ShapeDtypeStruct((32768, 8192), x.dtype),
+        }
+        return ffjax.plan(
+            momentum_step, {"params": params, "mu": params}, x, cluster=H100S, mesh=TWO, strategy=strategy
+        )
+
+    own = "zero1+tensor_parallel"
+    register(Strategy(name=own, roles=roles))
+    assert own in {c.strategy for c in planned("auto").search.competitors}
+    alone = planned(own)
+    assert {frozenset(spec_axes(spec)) for _, spec in state(alone, "mu/").values()} == {frozenset("xy")}
+    assert {spec_axes(spec) for _, spec in state(alone, "params/").values()} == {("y",)}
+    unregister(own)
+    with pytest.raises(PlanError, match=re.escape(f"unknown strategy {own!r}")):
+        planned(own)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "auto"])
+def test_a_name_is_taken_once(name: str, registry: dict[str, Strategy]) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' is registered already; choose another name"):
+        register(Strategy(name=name, roles=lambda mesh: None))
+
+
+@pytest.mark.parametrize("roles", [(Role.DATA,), (Role.DATA, "tensor")])
+def test_roles_that_do_not_fit_the_mesh(roles: Any, registry: dict[str, Strategy]) -> None:
+    register(Strategy(name="odd", roles=lambda mesh: roles))
+    _, step, args = example("gpt", "tiny")
+    with pytest.raises(PlanError, match=r"strategy 'odd' gives the roles .* for the mesh {'x': 2, 'y': 4}"):
+        ffjax.plan(step, *args, cluster=H100S, mesh=TWO, strategy="odd")
+
+
+def test_strategies_of_installed_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: dict[str, Strategy]
+) -> None:
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[ffjax.strategies]\nbroken = theirs_missing\ntaken = theirs_taken\ntheirs = theirs_strategy\n"
+    )
+    head = "from ffjax.strategies import Role, Strategy, register\n"
+    for module, name in {"theirs_strategy": "theirs", "theirs_taken": "fsdp"}.items():
+        text = f"register(Strategy(name={name!r}, roles=lambda mesh: (Role.DATA,) * len(mesh.axes)))\n"
+        (tmp_path / f"{module}.py").write_text(head + text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(FfjaxWarning) as told:
+        assert "theirs" in {s.name for s in all_strategies()}
+    assert [str(w.message).partition(" does not")[0] for w in told] == [
+        "the strategy 'broken' of the package 'theirs'",
+        "the strategy 'taken' of the package 'theirs'",
+    ]
+    assert named("theirs").on(MeshShape(("x",), (8,))) == (Role.DATA,)  # told once

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-import doctest
+import dataclasses
+import functools
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +15,18 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import ffjax.testing
+import ffjax
+from ffjax.cost.cluster import Cluster
 from ffjax.errors import FfjaxError
 from ffjax.ir.spec import MeshShape
-from ffjax.testing import assert_collectives, assert_same_numerics, fake_devices
-
-
-def test_docstring_examples_run() -> None:
-    result = doctest.testmod(ffjax.testing)
-    assert result.attempted
-    assert not result.failed
+from ffjax.testing import (
+    assert_collectives,
+    assert_fits,
+    assert_plan_matches,
+    assert_same_numerics,
+    fake_devices,
+    plan_text,
+)
 
 
 def run_python(code: str, **env: str) -> str:
@@ -164,3 +169,125 @@ def test_collectives_that_differ_are_reported() -> None:
         assert_collectives(lowered, {})
     with pytest.raises(FfjaxError, match=r"no such collective: .*allreduce"):
         assert_collectives(lowered, {"allreduce": 4096})  # type: ignore[dict-item]
+
+
+def test_collectives_by_kind_alone() -> None:
+    lowered = Mean(MeshShape(("x",), (8,))).lower()
+    assert_collectives(lowered, ["all_reduce"])
+    assert_collectives(lowered, {"all_reduce"})
+    with pytest.raises(AssertionError, match=r"all_gather: none, expected some"):
+        assert_collectives(lowered, ["all_gather", "all_reduce"])
+    with pytest.raises(AssertionError, match=r"all_reduce: 4,096 bytes, expected 0 .*\n  it has: {'all_reduce': 4096"):
+        assert_collectives(lowered, [])
+
+
+def train_step(params: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    loss, grads = jax.value_and_grad(lambda p: jnp.mean(jnp.tanh(x @ p["layer1"]) @ p["layer2"]))(params)
+    return jax.tree.map(lambda p, g: p - g, params, grads), loss
+
+
+def shapes(width: int = 1024) -> tuple[Any, ...]:
+    square = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    return {"layer1": square, "layer2": square}, jax.ShapeDtypeStruct((4096, width), jnp.float32)
+
+
+@functools.cache
+def planned(strategy: str) -> ffjax.Plan:
+    pins = {"params/*": PartitionSpec("x")} if strategy == "fsdp" else None  # or rows and columns are a tie
+    h100s = Cluster.named("h100", hosts=1)
+    return ffjax.plan(train_step, *shapes(), cluster=h100s, mesh={"x": 8}, strategy=strategy, pins=pins)
+
+
+def test_collectives_of_a_plan() -> None:
+    weights = 2 * 4 * 1024**2
+    assert_collectives(planned("data_parallel"), {"all_reduce": weights})
+    with pytest.raises(AssertionError, match=r"reduce_scatter: 8,388,608 bytes, expected 0"):
+        assert_collectives(planned("fsdp"), {"all_reduce": weights})
+
+
+def test_fits_says_what_it_needs() -> None:
+    plan = planned("data_parallel")
+    assert assert_fits(plan) is plan
+    assert assert_fits(plan, memory="1GiB", cluster=Cluster.named("h100", hosts=1)) is plan
+    needs = (
+        r"train_step on 8 devices of 'h100' needs .*MiB per device, .*MiB more than 4.00MiB.\nAt its peak.*params/la"
+    )
+    with pytest.raises(AssertionError, match=f"(?s){needs}"):
+        assert_fits(plan, memory="4MiB")
+
+
+def test_fits_searches_what_fits() -> None:
+    h100s = Cluster.named("h100", hosts=1)
+    least = planned("fsdp").estimate.peak_bytes
+    assert least < planned("data_parallel").estimate.peak_bytes
+    found = assert_fits(train_step, *shapes(), cluster=h100s, memory=least)
+    assert found.estimate.peak_bytes <= least
+    with pytest.raises(AssertionError, match="no plan fits 1.00KiB per device on 8 devices"):
+        assert_fits(train_step, *shapes(), cluster=h100s, memory="1KiB")
+
+
+def test_fits_takes_sharded_steps_and_compiles() -> None:
+    step = ffjax.autoshard(train_step, strategy="fsdp")
+    plan = assert_fits(step, *shapes(64), memory="10MiB", compiled=True)
+    assert plan.strategy == "fsdp"
+    small = dataclasses.replace(plan, estimate=dataclasses.replace(plan.estimate, peak_bytes=1.0))
+    with pytest.raises(AssertionError, match="as compiled needs .* per device"):
+        assert_fits(small, memory="1KiB", compiled=True)
+
+
+def test_fits_refuses_what_it_would_not_look_at() -> None:
+    step, plan = ffjax.autoshard(train_step), planned("fsdp")
+    with pytest.raises(FfjaxError, match="a step under autoshard, which has its own.*Remedy: give the function"):
+        assert_fits(step, *shapes(), cluster=Cluster.named("h100"))
+    with pytest.raises(FfjaxError, match="a plan and arguments.*Remedy: give the plan alone"):
+        assert_fits(plan, *shapes())
+    with pytest.raises(FfjaxError, match="8 devices of 'h100' and a cluster of 8 of 'a100'.*Remedy: give the step"):
+        assert_fits(plan, cluster=Cluster.named("a100", hosts=1))
+
+
+def test_plan_text_is_what_a_reviewer_reads() -> None:
+    expected = """\
+program train_step
+cluster h100, 8 devices
+mesh x=8
+
+arguments
+  params/layer* (2 x)  float32[1024,1024]  (x, -)
+  x                    float32[4096,1024]  (x, -)
+
+results
+  0/layer* (2 x)  float32[1024,1024]  (x, -)
+  1               float32[]           ()
+
+collectives of one step, per device
+"""
+    compared = "\n".join(line for line in plan_text(planned("fsdp")).splitlines() if not line.startswith("#"))
+    assert compared.startswith(expected)
+
+
+def test_layers_that_differ_are_told_apart() -> None:
+    plan = planned("fsdp")
+    odd = dataclasses.replace(plan.args[0], spec=((), ("x",)))
+    assert "  params/layer1  float32[1024,1024]  (-, x)\n  params/layer2  float32[1024,1024]  (x, -)\n" in plan_text(
+        dataclasses.replace(plan, args=(odd, *plan.args[1:]))
+    )
+
+
+def test_golden_plan_round_trip(tmp_path: Path) -> None:
+    plan, golden = planned("fsdp"), tmp_path / "plans" / "step.plan"
+    with pytest.raises(AssertionError, match=r"(?s)no golden plan .*step.plan' yet.*--ffjax-update-plans.*mesh x=8"):
+        assert_plan_matches(plan, golden, update=False)
+    assert_plan_matches(plan, golden, update=True)
+    assert_plan_matches(plan, golden, update=False)
+    assert_plan_matches(ffjax.Plan.from_json(plan.to_json()), golden, update=False)
+    # Predictions are not compared.
+    faster = dataclasses.replace(plan, estimate=dataclasses.replace(plan.estimate, step_s=1e-9))
+    assert_plan_matches(faster, golden, update=False)
+    with pytest.raises(AssertionError) as error:
+        assert_plan_matches(planned("data_parallel"), golden, update=False)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"the plan of train_step is not that of {str(golden)!r}:"
+    assert "-  params/layer* (2 x)  float32[1024,1024]  (x, -)" in lines
+    assert "+  params/layer* (2 x)  float32[1024,1024]  (-, -)" in lines
+    assert [line.partition(":")[0] for line in lines[-3:-1]] == ["was predicted", "now predicted"]
+    assert lines[-1] == "If the plan is meant to change: pytest --ffjax-update-plans, and commit the file."

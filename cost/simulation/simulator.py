@@ -81,7 +81,7 @@ class Simulator:
         self.axis_prices = model.axis_prices if axis_prices is None else axis_prices
         self.tasks = build_task_graph(regions, kernels) if tasks is None else tasks
         self._costs = TaskCosts(regions, kernels, model, self.tasks)
-        self._kernel_ops = [[k.op for k in own] for own in self._costs.own]
+        self._kernel_ops = [list(dict.fromkeys(k.op for k in own)) for own in self._costs.own]
         self._reads_of: list[list[int]] = [[] for _ in regions.regions]
         for index, read in enumerate(self.tasks.reads):
             for region in set(read.regions):

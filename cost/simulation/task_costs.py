@@ -7,7 +7,7 @@ the same in any order: simulating a part again then gives exactly what simulatin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ class TaskCosts:
         return found
 
     def kernel_ticks(self, region: int, assignment: Assignment, number: int) -> tuple[int, ...]:
-        """One launch of each of a region's kernels."""
+        """One trip of each of a region's ops that run kernels, in order."""
         key = (self._kinds.kernels[region], number)
         found = self._kernels.get(key)
         if found is None:
@@ -111,7 +111,10 @@ class TaskCosts:
             shares.append(op_seconds(flops, traffic, dtype, device, matmul=k.matmul) + k.launches * device.kernel_s)
         whole = sum(k.trips * s for k, s in zip(own, shares, strict=True))
         scale = total / whole if whole else 0.0
-        return tuple(round(s * scale * TICKS_PER_S) for s in shares)
+        ticks: dict[int, int] = {}
+        for k, share in zip(own, shares, strict=True):
+            ticks[k.op] = ticks.get(k.op, 0) + round(share * scale * TICKS_PER_S)
+        return tuple(ticks.values())
 
     def _reshard(self, read: Read, layout: Layout) -> tuple[Copy, ...]:
         home, local = layout.home(read.value), layout.local_bytes(read.value)
@@ -190,7 +193,7 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
 
     return Kinds(
         kernels=[
-            kind(sizes[r.id], _image_kind(regions, r.ops[0]) if r.solo else (), *(_content(k) for k in ks))
+            kind(sizes[r.id], _image_kind(regions, r.ops[0]) if r.solo else (), *_contents(ks))
             for r, ks in zip(regions.regions, own, strict=True)
         ],
         reads=[
@@ -231,8 +234,11 @@ def _image_kind(regions: Regions, op: int) -> Hashable:
     return found, value.bytes, regions.ports[op].operands[found[0].operand]
 
 
-def _content(k: Kernel) -> Hashable:
-    return k.trips, k.flops, k.matmul, k.dtype, k.launches, k.traffic, k.iteration
+def _contents(kernels: Sequence[Kernel]) -> Iterator[Hashable]:
+    """What the ticks of a region's ops depend on; an op may run several kernels."""
+    for i, k in enumerate(kernels):
+        same_op = i > 0 and kernels[i - 1].op == k.op
+        yield k.trips, k.flops, k.matmul, k.dtype, k.launches, k.traffic, k.iteration, same_op
 
 
 def _getter(regions: tuple[int, ...]) -> Callable[[Sequence[int]], Hashable]:

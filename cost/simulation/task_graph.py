@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from ffjax.cost.kernels import Kernel, fusible
+from ffjax.cost.fusion import fusible
+from ffjax.cost.kernels import Kernel
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.halo import halos
 from ffjax.ir.regions import Regions

@@ -45,6 +45,11 @@ def register_rule(primitive: str, *, override: bool = False, on_pieces: bool = F
 
     Raises:
       RuleError: when the primitive has one already and `override` is not set.
+
+    >>> @register_rule("my_row_norm")
+    ... def rule(eqn):
+    ...     rows, columns = eqn.invars[0].aval.shape
+    ...     return f"([i, j])->([i, j]) {{i={rows}, j={columns}}} need_replication={{j}}"
     """
 
     def register(rule: Rule) -> Rule:

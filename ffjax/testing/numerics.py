@@ -1,14 +1,7 @@
-"""For tests of sharded programs: fake devices, same numerics as unsharded, and the collectives of a program.
-
->>> devices = fake_devices(8)  # doctest: +SKIP
->>> assert_same_numerics(sharded_step(state, batch), step(state, batch))  # doctest: +SKIP
->>> assert_collectives(sharded_step.lower(state, batch), {"all_reduce": 4096})  # doctest: +SKIP
-"""
+"""Same numerics: two pytrees compared leaf by leaf, each within the tolerance of its dtype."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -16,44 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ffjax.cost.hlo.collectives import collectives_of
-from ffjax.errors import FfjaxError
-from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
-
 _MAX_SHOWN = 10  # leaves in one message; the rest are only counted
-
-
-def fake_devices(n: int = 8, *, cpu_only: bool = True) -> list[jax.Device]:
-    """`n` CPU devices in this process, however many cores there are.
-
-    Call it before JAX runs anything: JAX counts its devices once. `cpu_only` also keeps JAX from using
-    an accelerator; pass False to have fake devices beside real ones.
-
-    Raises:
-        FfjaxError: JAX has started already, with fewer CPU devices or with an accelerator as its default.
-
-    >>> len(fake_devices(8))
-    8
-    """
-    if n < 1:
-        raise FfjaxError(f"fake_devices({n}): ask for at least one device")
-    if cpu_only:
-        jax.config.update("jax_platforms", "cpu")
-    with contextlib.suppress(RuntimeError):  # JAX has started: what it started with may still be enough
-        jax.config.update("jax_num_cpu_devices", n)
-    devices = jax.devices("cpu")
-    remedy = "call ffjax.testing.fake_devices before anything runs on JAX, or set"
-    if len(devices) < n:
-        raise FfjaxError(
-            f"fake_devices({n}): JAX has started already with {len(devices)} CPU device(s); "
-            f"{remedy} XLA_FLAGS=--xla_force_host_platform_device_count={n}"
-        )
-    if cpu_only and jax.default_backend() != "cpu":
-        raise FfjaxError(
-            f"fake_devices({n}): JAX has started already on {jax.default_backend()}; {remedy} JAX_PLATFORMS=cpu, "
-            "or pass cpu_only=False"
-        )
-    return devices[:n]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,37 +74,6 @@ def assert_same_numerics(
             shown.append(f"and {len(problems) - len(shown)} more")
         title = f"{name}: " if name else ""
         raise AssertionError("\n  ".join([f"{title}{len(problems)} of {len(want.keys() | got)} leaves differ", *shown]))
-
-
-def assert_collectives(
-    program: jax.stages.Lowered | jax.stages.Compiled, expected: Mapping[CollectiveKind, float], *, rtol: float = 0.1
-) -> None:
-    """Checks how many bytes each kind of collective moves in one run of a program.
-
-    Args:
-        program: a lowered or compiled program; a lowered one is compiled first.
-        expected: bytes by kind, as one device holds them of the larger side (`ffjax.ir.spec.Collective`).
-            A kind that is not named must not occur.
-        rtol: relative tolerance of each kind's bytes.
-
-    Raises:
-        AssertionError: shows both, and the measured mapping ready to paste.
-    """
-    if unknown := expected.keys() - set(COLLECTIVE_KINDS):
-        raise FfjaxError(f"no such collective: {sorted(unknown)}; the kinds are {', '.join(COLLECTIVE_KINDS)}")
-    actual = _collective_bytes(program)
-    problems = [
-        f"{kind}: {actual.get(kind, 0):,.0f} bytes, expected {expected.get(kind, 0):,.0f} within {rtol:.0%}"
-        for kind in COLLECTIVE_KINDS
-        if abs(actual.get(kind, 0) - expected.get(kind, 0)) > rtol * expected.get(kind, 0)
-    ]
-    if problems:
-        raise AssertionError("\n  ".join(["the program's collectives differ", *problems, f"it has: {dict(actual)}"]))
-
-
-def _collective_bytes(program: jax.stages.Lowered | jax.stages.Compiled) -> Mapping[CollectiveKind, float]:
-    compiled = program.compile() if isinstance(program, jax.stages.Lowered) else program
-    return {kind: total_bytes for kind, (_, total_bytes) in summarize(collectives_of(compiled)).items()}
 
 
 def _leaves(tree: object) -> dict[str, ArrayLike]:
