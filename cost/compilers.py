@@ -6,7 +6,6 @@ measured by `benchmarks/memory.py`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ffjax.cost.cluster import Platform
@@ -51,6 +50,8 @@ class Compiler:
     """A convolution reads a padded copy of an image that it pads more on one side than on the other."""
     combined_bytes: float = 0.0
     """Sums are combined up to so many bytes of results; all of what they reduce waits for the last."""
+    combines_all_sums: bool = False
+    """Sums are combined however large they are."""
     combines_gathers: bool = False
     """Gathers are combined likewise."""
     combines_apart: bool = False
@@ -73,7 +74,7 @@ XLA_CPU = Compiler(
     slices_reductions=True,
     copies_gathered=True,
     broadcasts_for_sums=True,
-    combined_bytes=math.inf,
+    combines_all_sums=True,
     fragmentation=0.02,
     results_apart=True,
 )

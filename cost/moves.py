@@ -10,6 +10,7 @@ weights and sums for the optimizer (`ffjax.ir.merging`) only with each other, XL
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -49,16 +50,17 @@ class _Collective:
 def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
     """The collectives of a layout, combined as the compiler does."""
     found = _collectives(layout, compiler)
+    threshold = math.inf if compiler.combines_all_sums else compiler.combined_bytes
     order = sorted(range(len(found)), key=lambda i: found[i].place)
     alike: dict[tuple[int, Hashable], list[int]] = {}
     for index in order:
-        if (key := found[index].key) is not None and found[index].bytes <= compiler.combined_bytes:
+        if (key := found[index].key) is not None and found[index].bytes <= threshold:
             alike.setdefault(key, []).append(index)
     group_of = list(range(len(found)))
     for key in sorted(alike, key=lambda k: k[0]):
         left = alike[key]
         while left:
-            group = _combined(found, left, compiler.combined_bytes)
+            group = _combined(found, left, threshold)
             for index in group:
                 group_of[index] = group[0]
             left = [i for i in left if i not in set(group)]
