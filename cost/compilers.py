@@ -49,7 +49,13 @@ class Compiler:
     pads_convolutions: bool = False
     """A convolution reads a padded copy of an image that it pads more on one side than on the other."""
     combined_bytes: float = 0.0
-    """Reduce-scatters are combined up to so many bytes of results; what they reduce waits for the last of them."""
+    """Sums are combined up to so many bytes of results; all of what they reduce waits for the last."""
+    combines_all_sums: bool = False
+    """Sums are combined however large they are."""
+    combines_gathers: bool = False
+    """Gathers are combined likewise."""
+    combines_apart: bool = False
+    """What waits for nothing, or nothing but the optimizer waits for, is not combined with what is on the way."""
     fragmentation: float = 0.0
     """Bytes lost between temporaries, as a share of them."""
     results_apart: bool = False
@@ -68,6 +74,7 @@ XLA_CPU = Compiler(
     slices_reductions=True,
     copies_gathered=True,
     broadcasts_for_sums=True,
+    combines_all_sums=True,
     fragmentation=0.02,
     results_apart=True,
 )
@@ -80,7 +87,9 @@ XLA_GPU = Compiler(
     writes_over=True,
     copies_updated=True,
     pads_convolutions=True,
-    combined_bytes=30 * 2**20,  # xla_gpu_reduce_scatter_combine_threshold_bytes
+    combined_bytes=30 * 2**20,  # xla_gpu_all_gather_, all_reduce_ and reduce_scatter_combine_threshold_bytes
+    combines_gathers=True,
+    combines_apart=True,
     fragmentation=0.02,
     results_apart=True,
 )

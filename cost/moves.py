@@ -1,17 +1,25 @@
 """The collectives of a layout as a scheduler sees them: what each waits for, and which kernels wait for it.
 
-XLA:GPU makes one of several that wait for nothing, or that only the optimizer waits for (`ffjax.ir.merging`), as long
-as their results are no larger than a threshold and none waits for another.
+A compiler makes one of several (`xla/service/collective_combiner_utils.h`): gathers first, then all-reduces, then
+reduce-scatters. From each that is left, in the order in which the program's results need them, it takes what is alike
+(kind, devices, for sums the type), depends on none that it has taken, and fits in with them under a threshold.
+What one of them waits for all wait for then, which holds for the combinations after it. XLA:GPU combines gathers of
+weights and sums for the optimizer (`ffjax.ir.merging`) only with each other, XLA:CPU all sums and no gathers.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from ffjax.cost.compilers import Compiler
 from ffjax.ir.graph import NO_VALUE, Graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.spec import Spec, shard_count
+
+_GATHER, _REDUCE, _SCATTER = range(3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,72 +33,145 @@ class Move:
     """Of what is resharded each value with each op that reads it so; of a sum none, as all who read it wait."""
 
 
-@dataclass(slots=True)
-class _Group:
-    values: list[int]
-    readers: list[tuple[int, int]]
+@dataclass(slots=True, kw_only=True)
+class _Collective:
+    """One collective before any are combined."""
+
+    move: Move
+    place: tuple[int, int]
+    """The first result that depends on it, and where it is in the program: they are looked at in this order."""
+    key: tuple[int, Hashable] | None
+    """What is alike in those that can be combined; None for those that cannot."""
     bytes: float
-    scatters: bool
+    waits_for: int
+    """The others that it depends on, a bit for each."""
 
 
 def moves_of(layout: Layout, compiler: Compiler) -> list[Move]:
-    """The collectives of a layout, merged as the compiler does."""
-    graph, regions = layout.graph, layout.regions
-    made: list[_Group] = []
-    groups: dict[tuple[object, ...], _Group] = {}
+    """The collectives of a layout, combined as the compiler does."""
+    found = _collectives(layout, compiler)
+    threshold = math.inf if compiler.combines_all_sums else compiler.combined_bytes
+    order = sorted(range(len(found)), key=lambda i: found[i].place)
+    alike: dict[tuple[int, Hashable], list[int]] = {}
+    for index in order:
+        if (key := found[index].key) is not None and found[index].bytes <= threshold:
+            alike.setdefault(key, []).append(index)
+    group_of = list(range(len(found)))
+    for key in sorted(alike, key=lambda k: k[0]):
+        left = alike[key]
+        while left:
+            group = _combined(found, left, threshold)
+            for index in group:
+                group_of[index] = group[0]
+            left = [i for i in left if i not in set(group)]
+    groups: dict[int, list[Move]] = {}
+    for index in order:
+        groups.setdefault(group_of[index], []).append(found[index].move)
+    return [
+        dataclasses.replace(
+            group[0],
+            values=tuple(v for move in group for v in move.values),
+            readers=tuple(r for move in group for r in move.readers),
+        )
+        for group in groups.values()
+    ]
 
-    def add(
-        key: tuple[object, ...], value: int, readers: list[tuple[int, int]], pieces: int, *, scatters: bool = False
-    ) -> None:
-        size = graph.values[value].bytes / pieces
-        key = (*key, bool(readers), scatters, graph.values[value].dtype, _body(graph, graph.values[value].scope))
-        group = groups.get(key)
-        if group is None or group.bytes + size > compiler.combined_bytes:
-            group = groups[key] = _Group([], [], 0.0, scatters)
-            made.append(group)
-        group.values.append(value)
-        group.readers += readers
-        group.bytes += size
 
-    # Collectives of one level, how many come before them at most, do not wait for each other.
-    level = [0] * len(graph.values)
-    merged_level = [0] * len(graph.values)
-    sums: list[tuple[int, int, bool, int]] = []
+def _combined(found: list[_Collective], left: Sequence[int], threshold: float) -> list[int]:
+    """Those that are combined with the first; what depends on one of them then waits for all that they wait for."""
+    group: list[int] = []
+    members, above, size = 0, 0, 0.0
+    for index in left:
+        entry = found[index]
+        if size + entry.bytes > threshold:
+            break
+        if entry.waits_for & members or above >> index & 1:
+            continue
+        group.append(index)
+        members |= 1 << index
+        above |= entry.waits_for
+        size += entry.bytes
+    if len(group) > 1:
+        for entry in found:
+            if entry.waits_for & members:
+                entry.waits_for |= above | members
+        for index in group:
+            found[index].waits_for = above
+    return group
+
+
+def _collectives(layout: Layout, compiler: Compiler) -> list[_Collective]:
+    """Every collective of a layout, alone."""
+    graph = layout.graph
     rank = _ranks(graph)
-    read: dict[tuple[int, Spec, int], tuple[tuple[int, int], list[int]]] = {}
+    reads = layout.reads()
+    sums_unread = layout.regions.merged_sums if compiler.combines_apart else [False] * len(graph.values)
+    ready = layout.regions.merged_copies if compiler.combines_apart else [False] * len(graph.values)
+    found: list[_Collective] = []
+    waits_for = [0] * len(graph.values)
+    copies: dict[tuple[int, Spec, int], int] = {}
+    readers: dict[int, list[tuple[int, int]]] = {}
     for op in graph.ops:
-        above, merged_above = 0, 0
+        above = 0
+        needed = min((rank[v] for v in op.results), default=len(graph.outputs))
         for index, value in enumerate(op.operands):
             if value == NO_VALUE:
                 continue
-            above, merged_above = max(above, level[value]), max(merged_above, merged_level[value])
+            above |= waits_for[value]
             if graph.values[value].constant or not graph.values[value].shape:
                 continue
             spec = layout.operand(op.id, index)
-            if spec != layout.home(value) and any(hop.step is not None for hop in layout.way(value, spec)):
-                at, ops = read.setdefault((value, spec, op.scope), ((merged_level[value], level[value]), []))
-                ops.append(op.id)
-                above = max(above, at[1] + 1)
+            if spec == layout.home(value):
+                continue
+            at = copies.get((value, spec, op.scope))
+            if at is None:
+                step = next((hop.step for hop in layout.way(value, spec) if hop.step is not None), None)
+                if step is None:
+                    continue
+                at = copies[value, spec, op.scope] = len(found)
+                body = _body(graph, graph.values[value].scope)
+                combines = compiler.combines_gathers and step[0] == "all_gather"
+                readers[at] = []
+                found.append(
+                    _Collective(
+                        move=Move(values=(value,)),
+                        place=(needed, op.id),
+                        key=(_GATHER, (step[1], body, ready[value])) if combines else None,
+                        bytes=graph.values[value].bytes / shard_count(spec, layout.mesh),
+                        waits_for=waits_for[value],
+                    )
+                )
+            found[at].place = min(found[at].place, (needed, op.id))
+            readers[at].append((value, op.id))
+            above |= found[at].waits_for | 1 << at
         axes = layout.partial_axes(op.id)
         for value in op.results:
-            level[value], merged_level[value] = above, merged_above
-            if axes:
-                merged = regions.merged_sums[value]
-                sums.append((rank[value] if merged else 0, value, merged, merged_above if merged else above))
-                merged_level[value] += merged
-                level[value] += 1
-    reads = layout.reads()
-    # The compiler walks from the first result back to what it is made of, then from the second.
-    for _, value, merged, before in sorted(sums):
-        axes = layout.partial_axes(graph.values[value].producer)
-        scatters = layout.scatters(value, axes, reads.get(value, set()))
-        pieces = shard_count(layout.partial(value), layout.mesh) * (layout.mesh.size(axes) if scatters else 1)
-        add((axes, merged, before), value, [], pieces, scatters=scatters)
-    for (value, spec, _), (at, ops) in read.items():
-        shards = shard_count(spec, layout.mesh)
-        first = next(hop.step for hop in layout.way(value, spec) if hop.step is not None)
-        add((*first[:2], regions.merged_copies[value], at), value, [(value, op) for op in ops], shards)
-    return [Move(values=tuple(g.values), readers=tuple(g.readers), scatters=g.scatters) for g in made]
+            waits_for[value] = above
+            if not axes:
+                continue
+            scatters = layout.scatters(value, axes, reads.get(value, set()))
+            apart = scatters and not compiler.slices_reductions
+            pieces = shard_count(layout.partial(value), layout.mesh) * (layout.mesh.size(axes) if apart else 1)
+            kind = _SCATTER if apart else _REDUCE
+            entry = graph.values[value]
+            waits_for[value] |= 1 << len(found)
+            found.append(
+                _Collective(
+                    move=Move(values=(value,), scatters=scatters),
+                    place=(rank[value], op.id),
+                    key=(kind, (axes, _adds(op.kind), entry.dtype, _body(graph, entry.scope), sums_unread[value])),
+                    bytes=entry.bytes / pieces,
+                    waits_for=above,
+                )
+            )
+    for at, who in readers.items():
+        found[at].move = dataclasses.replace(found[at].move, readers=tuple(who))
+    return found
+
+
+def _adds(kind: str) -> str:
+    """What a sum does: those of maxima and minima are other collectives."""
+    return kind if kind in ("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or") else "add"
 
 
 def _ranks(graph: Graph) -> list[int]:

@@ -46,7 +46,7 @@ def in_result_buffers(
     if not by_size:
         return held
     worth = np.flatnonzero((sizes >= _LEAST * (sizes.max(initial=0.0) + results.sum())) & (first <= last))
-    for index in worth[np.argsort(-sizes[worth], kind="stable")].tolist():
+    for index in worth[np.lexsort((last[worth], first[worth], -np.round(sizes[worth])))].tolist():
         since, until = int(first[index]), int(last[index])
         for buffer in range(bisect_left(by_size, sizes[index] / _ALIKE), len(by_size)):
             place = bisect_left(begins[buffer], since)

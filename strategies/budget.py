@@ -106,6 +106,7 @@ def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
     _add_sums(problem, times, taken, at, node_bytes)
     _add_edges(problem, times, taken, at, node_bytes)
     reads: dict[tuple[int, int], tuple[int, int]] = {}
+    gathered = set()
     for edge in regions.edges:
         if times.graph.ops[edge.op].kind == MERGED:
             continue
@@ -114,7 +115,8 @@ def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
         when = min(when, times.copies.get((edge.value, edge.op), (when, when))[0])
         first, last = reads.get(key_, (when, until))
         reads[key_] = (min(first, when), max(last, until))
-    gathered = {(e.value, graph.ops[e.op].scope) for e in regions.edges if times.when[e.op] == at}
+        if when == at:
+            gathered.add(key_)
     copy_bytes: dict[int, NDArray[np.float64]] = {}
     for index, transfer in enumerate(problem.transfers):
         alive = [m for m in transfer.values if m in reads and reads[m][0] <= at <= reads[m][1]]

@@ -23,6 +23,7 @@ from ffjax.cost.hlo.collectives import peak_bytes
 from ffjax.cost.kernels import by_family, kernels
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.memory import MemoryModel, is_slice, peak, possible_sums
+from ffjax.cost.result_buffers import in_result_buffers
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.graph import NO_VALUE, build_graph
 from ffjax.ir.layout import Layout
@@ -139,10 +140,10 @@ def recount(layout: Layout, times: Lifetimes) -> float:
     """Peak memory value by value and op by op, as the module's text defines it."""
     graph, mesh, taken, compiler = times.graph, layout.mesh, times.bytes(), times.compiler
     end = len(graph.ops)
-    live = np.zeros(end + 1)
+    held: list[tuple[float, int, int]] = []
 
     def hold(value: int, spec: Spec, first: int, last: int, times_: float = 1) -> None:
-        live[first : last + 1] += times_ * taken[value] / shard_count(spec, mesh)
+        held.append((times_ * taken[value] / shard_count(spec, mesh), first, max(last, first - 1)))
 
     last = [min(f, u) if u < end else end for f, u in zip(times.first.tolist(), times.last.tolist(), strict=True)]
     reads: dict[tuple[int, Spec, int], list[int]] = {}
@@ -173,16 +174,46 @@ def recount(layout: Layout, times: Lifetimes) -> float:
     for value in possible_sums(layout.regions):
         if layout.partial_axes(graph.values[value].producer):
             scattered = layout.partial(value) != layout.home(value)
-            copies = 1.0 + compiler.slices_reductions if scattered else float(compiler.reduces_out_of_place)
-            hold(value, layout.partial(value), *times.summing(value, scattered=scattered), copies)
+            for since, until in times.partial_sums(value, scattered=scattered):
+                hold(value, layout.partial(value), since, until)
     for value, since, until, larger in times.copied:
         hold(value, layout.home(value), since, until, larger)
-    for value in times.new_results.tolist():
-        hold(value, layout.home(value), 0, int(times.first[value]) - 1, compiler.results_apart)
-    for value in graph.values:
-        if times.first[value.id] <= times.last[value.id]:
-            hold(value.id, layout.home(value.id), int(times.first[value.id]), last[value.id])
+    temporaries, rooms = len(held), []
+    own = set(times.new_results.tolist()) | {graph.ops[op].results[0] for op in graph.arguments}
+    for mine in (False, True):
+        for value in graph.values:
+            if times.first[value.id] <= times.last[value.id] and (value.id in own) == mine:
+                hold(value.id, layout.home(value.id), int(times.first[value.id]), last[value.id])
+        temporaries = temporaries if mine else len(held)
+    if compiler.results_apart:
+        for value in times.new_results.tolist():
+            hold(value, layout.home(value), 0, int(times.first[value]) - 1)
+            rooms.append((held[-1][0], int(times.first[value])))
+    room, made = np.array(rooms, dtype=float).reshape(-1, 2).T
+    size, begin, done = np.array(held[:temporaries], dtype=float).reshape(-1, 3).T
+    placed = in_result_buffers(room, made.astype(int), size, begin.astype(int), done.astype(int))
+    live = np.zeros(end + 1)
+    for index, (bytes_, first, until) in enumerate(held):
+        if index >= temporaries or not placed[index]:
+            live[first : until + 1] += bytes_
     return float(live.max())
+
+
+def test_temporaries_use_the_buffers_of_results() -> None:
+    """The largest first, each in the smallest that is free all the time that it is needed; never two at a time."""
+
+    def placed(*temporaries: tuple[float, int, int], results: list[tuple[float, int]]) -> list[bool]:
+        room, made = np.array(results).T
+        size, first, last = np.array(temporaries).T
+        return in_result_buffers(room, made.astype(int), size, first.astype(int), last.astype(int)).tolist()
+
+    assert placed((8, 0, 3), (8, 4, 5), results=[(8, 9)]) == [True, True]
+    assert placed((8, 0, 3), (8, 3, 5), results=[(8, 9)]) == [True, False]
+    assert placed((8, 0, 3), (4, 0, 3), results=[(8, 9), (4, 9)]) == [True, True]
+    assert placed((6, 0, 3), (7, 0, 3), results=[(8, 9)]) == [False, True]
+    assert placed((9, 0, 3), results=[(8, 9)]) == [False]
+    assert placed((8, 5, 9), (8, 5, 8), results=[(8, 9)]) == [False, True]
+    assert placed((1e-9, 0, 1), results=[(8, 9)]) == [False]
 
 
 def _inside(home: Spec, spec: Spec) -> bool:

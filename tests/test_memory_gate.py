@@ -31,10 +31,10 @@ class Accepted:
 
 
 ACCEPTED: dict[tuple[Platform, bool], Accepted] = {
-    ("gpu", False): Accepted(near=0.84, under=0.11, worst=0.69, most=1.49),
-    ("gpu", True): Accepted(near=0.90, under=0.10, worst=0.80, most=1.18),
-    ("cpu", False): Accepted(near=0.84, under=0.21, worst=0.74, most=1.57),
-    ("cpu", True): Accepted(near=0.94, under=0.01, worst=0.97, most=1.13),
+    ("gpu", False): Accepted(near=0.90, under=0.075, worst=0.69, most=1.28),
+    ("gpu", True): Accepted(near=0.95, under=0.05, worst=0.82, most=1.09),
+    ("cpu", False): Accepted(near=0.96, under=0.045, worst=0.87, most=1.64),
+    ("cpu", True): Accepted(near=0.99, under=0.01, worst=0.98, most=1.08),
 }
 """By platform, for the models that the figures in `ffjax.cost.compilers` were fitted to, and for those held out."""
 

@@ -14,7 +14,7 @@ from ffjax.cost.buffers import buffered, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, XLA_CPU, XLA_GPU, Compiler, compiler_of
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.merged_remat import MERGED, merge_remat
-from ffjax.cost.order import as_written, from_the_end
+from ffjax.cost.order import as_written, scheduled
 from ffjax.ir.graph import NO_VALUE, Graph, build_graph
 from ffjax.planner import trace_step
 
@@ -83,7 +83,7 @@ def test_a_schedule_is_an_order_of_the_program(name: str, compiler: Compiler) ->
 def test_the_body_of_a_loop_stays_together() -> None:
     step, *args = PROGRAMS["scanned"]
     graph = graph_of(step, *args)
-    when, _, _ = from_the_end(graph, buffered(graph, XLA_GPU, mapping_ops(graph)))
+    when, _, _ = scheduled(graph, buffered(graph, XLA_GPU, mapping_ops(graph)), from_the_end=True)
     for scope in graph.scopes[1:]:
         inside = [int(when[op.id]) for op in graph.ops if op.scope == scope.id]
         inside += [int(when[op]) for op in scope.enter + scope.exit]
@@ -100,7 +100,7 @@ def test_gradients_of_weights_run_late_on_gpus() -> None:
     """The first gradient of the backward pass waits for the last; to the letter it runs before the next product."""
     graph = graph_of(train, [ROW] * 4, ROW, donate=(0,))
     written = as_written(graph)
-    late, _, _ = from_the_end(graph, buffered(graph, XLA_GPU, mapping_ops(graph)))
+    late, _, _ = scheduled(graph, buffered(graph, XLA_GPU, mapping_ops(graph)), from_the_end=True)
     assert len(weight_gradients(graph)) == 4
     first = weight_gradients(graph)[0]
     products = [op.id for op in graph.ops if op.kind == "dot_general" and op.id > first]
