@@ -139,21 +139,22 @@ def _add_sums(
 ) -> None:
     """Adds the partial sums that are being reduced under the candidates that leave some."""
     regions = problem.regions
-    sums = possible_sums(regions)
-    for value in sums:
+    copies = {s: sums_in_memory(times.compiler, scattered=s) for s in (False, True)}
+    for value in possible_sums(regions):
+        spans = {s: times.summing(value, scattered=s) for s in copies if copies[s]}
+        there = [s for s, (since, until) in spans.items() if since <= at <= until]
+        if not there:
+            continue
         region = regions.regions[regions.region_of[regions.graph.values[value].producer]]
         node = problem.node_of[region.id]
-        entry = problem.nodes[node]
-        copies = np.zeros(len(entry.candidates))
+        entry, reduced = problem.nodes[node], region.dims[-1].reduced
+        held = np.zeros(len(entry.candidates))
         for index, candidate in enumerate(entry.candidates):
             scatters = any(d != UNUSED for d in candidate.scatter)
-            since, until = times.summing(value, scattered=scatters)
-            if any(a in region.dims[-1].reduced for a in candidate.atoms) and since <= at <= until:
-                copies[index] = sums_in_memory(times.compiler, scattered=scatters)
-        if not copies.any():
-            continue
-        sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
-        _add(node_bytes, node, sizes)
+            if scatters in there and any(a in reduced for a in candidate.atoms):
+                held[index] = copies[scatters]
+        if held.any():
+            _add(node_bytes, node, held * taken[value] / entry.splits.of_dims(regions.home[value]))
 
 
 def _add_edges(
@@ -165,8 +166,8 @@ def _add_edges(
 ) -> None:
     """Adds the images that lie beside their neighbours' edges under the candidates that cut them."""
     regions, mesh = problem.regions, problem.mesh
-    for op in regions.graph.ops:
-        if times.when[op.id] != at or not (found := halos(op.eqn)):
+    for op in (regions.graph.ops[i] for i in np.flatnonzero(times.when == at)):
+        if not (found := halos(op.eqn)):
             continue
         region = regions.regions[regions.region_of[op.id]]
         node = problem.node_of[region.id]

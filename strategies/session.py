@@ -219,7 +219,7 @@ class Session:
 
     def simulator(self, mesh: MeshShape) -> Simulator:
         if self._tasks is None:
-            self._tasks = build_task_graph(self.regions, self.kernels)
+            self._tasks = build_task_graph(self.regions, self.kernels, self.keys)
         if mesh not in self._simulators:
             model = CollectiveModel(mesh, self.cluster)
             self._simulators[mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)
