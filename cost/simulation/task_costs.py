@@ -205,7 +205,7 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
         return alike.setdefault(content, len(alike))
 
     sizes = [kind(r.sizes, r.solo) for r in regions.regions]
-    values, edges, ports = regions.graph.values, regions.edges, regions.ports
+    values, ops, edges, ports = regions.graph.values, regions.graph.ops, regions.edges, regions.ports
 
     def view(region: int, dims: Dims) -> tuple[int, Dims]:
         return sizes[region], dims
@@ -226,7 +226,7 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
     ]
     sums = [
         kind(
-            tuple([(values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in regions.graph.ops[s.op].results]),
+            tuple([(values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in ops[s.op].results]),
             sizes[s.regions[0]],
             _image_kind(regions, s.op),
             ports[s.op].results,

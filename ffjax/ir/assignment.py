@@ -36,12 +36,18 @@ def spec_of(dims: Dims, sizes: Sequence[int], assignment: Assignment, mesh: Mesh
 
     In a dimension of several factors a minor one can be split only where the major ones are split wholly.
     """
+    by_atom: dict[int, tuple[str, ...]] = {}
+    for name, atom in zip(mesh.axes, assignment.atoms, strict=True):
+        by_atom[atom] = (*by_atom.get(atom, ()), name)
     spec = []
     for dim in dims:
+        if len(dim) == 1:
+            spec.append(by_atom.get(dim[0], ()))
+            continue
         axes: tuple[str, ...] = ()
         whole = True
         for atom in dim:
-            here = assignment.axes(atom, mesh)
+            here = by_atom.get(atom, ())
             if here and not whole:
                 return None
             whole = whole and mesh.size(here) == sizes[atom]
