@@ -160,9 +160,6 @@ def cluster_named(text: str, hosts: int | None = None, devices_per_host: int | N
         return Cluster.local()
     if text.endswith(".toml") or "/" in text:
         cluster = Cluster.load(text)
-        return (
-            cluster.with_hosts(*[devices_per_host or cluster.devices_per_host] * (hosts or cluster.hosts))
-            if given
-            else cluster
-        )
+        sizes = [devices_per_host or cluster.devices_per_host] * (hosts or cluster.hosts)
+        return cluster.with_hosts(*sizes) if given else cluster
     return Cluster.named(text, **given)

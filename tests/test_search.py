@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffjax.cost.cluster import Cluster
+from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.compilers import compiler_of
 from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.memory import MemoryModel
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
+from ffjax.strategies import session
 from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods.dual_ascent import Ascent
@@ -157,3 +160,34 @@ def test_on_one_device_there_is_nothing_to_gain() -> None:
     alone = Cluster.named("cpu", devices_per_host=1)
     result = search(example("recommender"), alone, budget_bytes=alone.device.memory_bytes)
     assert result.best.bound_s == pytest.approx(result.best.step_s)
+
+
+def test_a_third_axis_is_tried_where_links_are_of_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WORTH", -math.inf)  # whatever it is worth
+    two_levels = CLUSTERS["h100"][0]
+    result = search(example("recommender"), two_levels, budget_bytes=two_levels.device.memory_bytes)
+    flat = [f for f in result.found if len(f.mesh.axes) == 2]
+    cut = [f for f in result.found if len(f.mesh.axes) == 3]
+    assert {str(f.mesh) for f in cut} == {"2x2x2"}
+    base = min(flat, key=lambda f: f.predicted_s)
+    # It starts from that plan, which is one of its own.
+    assert min(f.step_s for f in cut) <= base.step_s * (1 + 1e-9)
+    assert min(f.predicted_s for f in result.found) == result.best.predicted_s
+
+
+def test_a_third_axis_is_left_out_where_it_is_worth_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WORTH", 1.0)
+    two_levels = CLUSTERS["h100"][0]
+    result = search(example("recommender"), two_levels, budget_bytes=two_levels.device.memory_bytes)
+    assert max(len(f.mesh.axes) for f in result.found) == 2
+
+
+def test_hosts_of_different_sizes_share_a_plan() -> None:
+    uneven = Cluster.named("h100").with_hosts(4, 2)
+    result = search(example("recommender"), uneven, budget_bytes=uneven.device.memory_bytes)
+    assert result.best.fits
+    assert result.best.mesh.devices == 6
+    # Through the smaller host's network no more passes than its devices can send.
+    alike = Cluster.named("h100", hosts=3, devices_per_host=2)
+    gathers = [CollectiveModel(MeshShape(("x",), (6,)), c).coefficients("all_gather", ("x",)) for c in (uneven, alike)]
+    assert gathers[0][1] == gathers[1][1]

@@ -23,6 +23,17 @@ class Assignment:
     atoms: tuple[int, ...]
     scatter: tuple[int, ...]
 
+    def cut(self, pieces: Sequence[int]) -> Assignment:
+        """The same sharding on a mesh that has, in place of each axis, so many that it is the product of.
+
+        >>> Assignment((4, UNUSED), (0, UNUSED)).cut((2, 1))
+        Assignment(atoms=(4, 4, -1), scatter=(0, 0, -1))
+        """
+        return Assignment(
+            tuple(a for a, n in zip(self.atoms, pieces, strict=True) for _ in range(n)),
+            tuple(d for d, n in zip(self.scatter, pieces, strict=True) for _ in range(n)),
+        )
+
     def axes(self, atom: int, mesh: MeshShape) -> tuple[str, ...]:
         return tuple(name for name, a in zip(mesh.axes, self.atoms, strict=True) if a == atom)
 
