@@ -24,6 +24,7 @@ from ffjax.ir.spec import MeshShape, parts_of
 from ffjax.strategies.base import Strategy, all_strategies, named
 from ffjax.strategies.budget import scheduled_peak
 from ffjax.strategies.candidates import Keep
+from ffjax.strategies.methods.decomposition import GAP
 from ffjax.strategies.roles import lacking
 from ffjax.strategies.session import AUTO, Found, Session
 
@@ -130,6 +131,8 @@ def search(
     )
     best = best or min(found, key=lambda f: f.peak.bytes)
     free = next((f for f in found if f.strategy == AUTO and f.mesh == best.mesh), None)
+    if best.strategy == AUTO and best.bound_within is not None and best.gap > GAP:
+        best = dataclasses.replace(best, bound_s=max(best.bound_s, min(best.bound_within(), best.objective_s)))
     if best.strategy != AUTO and free is not None:
         # What was proved of the strategy alone is little: what counts is the whole space.
         best = dataclasses.replace(best, objective_s=best.step_s, bound_s=min(free.bound_s, best.step_s))

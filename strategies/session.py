@@ -70,6 +70,7 @@ class Found:
     s_per_byte: float = 0.0
     free: Fit | None = None
     """What memory cost in the solve that found this, and the solution at no cost; see `Fit`."""
+    bound_within: Callable[[], float] | None = None
 
     @property
     def gap(self) -> float:
@@ -239,6 +240,7 @@ class Session:
             layout=fit.layout,
             s_per_byte=fit.s_per_byte,
             free=fit.free,
+            bound_within=fit.bound_within,
             simulated=self.simulated(fit.layout) if fit.fits and self.cluster.async_collectives else None,
         )
 

@@ -68,6 +68,32 @@ def test_the_ascent_bounds_every_choice_and_drops_none_that_is_good(
 
 
 @quick
+@given(picks=programs, mesh=meshes)
+def test_turns_together_do_what_turns_one_by_one_do(picks: list[Pick], mesh: MeshShape) -> None:
+    ascent = Ascent(small_problem(picks, mesh))
+    theta, slack = [t.copy() for t in ascent.theta], [p.slack.copy() for p in ascent.pairs]
+    for forward in (True, False, True):
+        ascent.take_turns(forward=forward)
+        nodes = range(len(theta))
+        for node in nodes if forward else reversed(nodes):
+            near = [(i, p) for i, p in enumerate(ascent.pairs) if node in (p.source, p.target)]
+            done = [(i, p) for i, p in near if (p.source + p.target - node < node) == forward]
+            coming = [(i, p) for i, p in near if (p.source + p.target - node > node) == forward]
+            for i, p in done:
+                spare = slack[i].min(axis=1 if p.source == node else 0)
+                slack[i] -= spare[:, None] if p.source == node else spare
+                theta[node] += spare[p.row_of if p.source == node else p.column_of]
+            part = theta[node] / max(len(done), len(coming), 1)
+            for i, p in coming:
+                index = p.row_of if p.source == node else p.column_of
+                message = np.array([part[index == n].min() for n in range(index.max() + 1)])
+                slack[i] += message[:, None] if p.source == node else message
+                theta[node] -= message[index]
+        for ours, theirs in zip([*ascent.theta, *(p.slack for p in ascent.pairs)], [*theta, *slack], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+
+
+@quick
 @given(picks=programs, mesh=meshes, seed=st.integers(0, 99))
 def test_a_restricted_problem_prices_choices_alike(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     problem = small_problem(picks, mesh)
@@ -112,6 +138,8 @@ def test_a_budget_is_kept_and_found_where_there_is_one(picks: list[Pick], mesh: 
 
     fit = solve_within(problem, budget, memory, memory.times, Solver())
     assert fit is not None
+    if fit.bound_within is not None:
+        assert fit.bound_within() <= best * (1 + 1e-9)
     if fit.fits:
         assert fit.peak.bytes <= budget
         assert best * (1 - 2e-4) <= total_seconds(problem, fit.solution.choice)

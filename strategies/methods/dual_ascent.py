@@ -25,9 +25,9 @@ from ffjax.strategies.problem import Problem, Totals, Transfer, forbidden_second
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MOST_SWEEPS = 60
+MOST_SWEEPS = 120
 """Passes there and back."""
-_PATIENCE = 4
+_PATIENCE = 10
 _STALLED = 0.05
 """So many passes that together close less than this share of the gap end the ascent."""
 _EPSILON = 1e-15
@@ -194,7 +194,7 @@ class Ascent:
         history: list[float] = []
         for _ in range(sweeps):
             for forward in (True, False):
-                self.offer(self._passes.run(forward=forward))
+                self.take_turns(forward=forward)
             if self._sharing is not None:
                 self._sharing.again(self._slack)
             self.bound_s = max(self._bound(), self.bound_s if history else -np.inf)
@@ -204,6 +204,10 @@ class Ascent:
             history.append(open_s if np.isfinite(open_s) else -self.bound_s)
             if len(history) > _PATIENCE and history[-1] > (1 - _STALLED) * history[-1 - _PATIENCE]:
                 return
+
+    def take_turns(self, *, forward: bool) -> None:
+        """One pass over the nodes; what it meets on its way is offered."""
+        self.offer(self._passes.run(forward=forward))
 
     def survivors(self, below_s: float) -> list[list[int]]:
         """For each node the candidates that some choice of less than `below_s` may take; all others none takes."""
