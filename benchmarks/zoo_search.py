@@ -213,9 +213,9 @@ def write_table() -> Path:
         [
             "Steps in milliseconds, as the simulator predicts them; ratio: found to best named. The bound and the gap "
             "are of the sum that was minimised, in which collectives count as far as they were taken to be exposed, "
-            "over the whole space on the plan's mesh; where the budget (all of the device's memory) binds, of what fits, as "
-            "far as that was proved. Peak in GiB. Phases in CPU seconds, on a machine that others used at "
-            "the same time; rules are lowered anew in each case.",
+            "over the whole space on the plan's mesh; where the budget (all of the device's memory) binds, over what "
+            "fits, as far as that was proved. Peak in GiB. Phases in CPU seconds, on a machine that others used at the "
+            "same time; rules are lowered anew in each case.",
             "",
             "h100xN: hosts of eight H100s. v100x64: eight hosts of eight V100s (16 GB), 25 Gb/s each; compute in "
             "float16. odd6: one host of six H100s. odd12: one host of eight and one of four.",
