@@ -38,7 +38,7 @@ OBSERVED = 3
 
 AUTO = "auto"
 
-MOST_FINER = 30_000
+MOST_FINER = 15_000
 """Candidates, about, up to which a mesh of three axes is tried."""
 WORTH = 2e-3
 """By what share of the step a third axis must be faster: each is one more thing to understand, and to compile right."""
