@@ -148,13 +148,18 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """`hosts` hosts with `devices_per_host` equal devices each.
+    """`hosts` hosts with `devices_per_host` equal devices each; or with as many as `host_sizes` says of each.
+
+    Where hosts differ in size, `devices_per_host` is that of the largest. Devices are numbered host by host, and what a
+    collective costs follows from how its groups then lie on the hosts, the worst of them.
 
     Raises ClusterError where counts are not positive whole numbers, or several hosts have no network.
 
     >>> cluster = Cluster.named("h100", hosts=8)
     >>> cluster.devices, [link.name for link in cluster.links][0]
     (64, 'NVLink 4')
+    >>> Cluster.named("h100").with_hosts(8, 4).devices
+    12
     """
 
     name: str
@@ -166,12 +171,18 @@ class Cluster:
     target_config: str | None = None  # text proto that XLA compiles for without a device
     async_collectives: bool = False  # whether collectives run beside kernels, or hold them up
     profile: Profile | None = None  # what was measured on such devices; see `with_profile`
+    host_sizes: tuple[int, ...] = ()  # devices of each host, where they differ
 
     def __post_init__(self) -> None:
-        for name in ("hosts", "devices_per_host"):
-            count = getattr(self, name)
+        counts = [("hosts", self.hosts), ("devices_per_host", self.devices_per_host)]
+        for name, count in [*counts, *(("host_sizes", size) for size in self.host_sizes)]:
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ClusterError(f"{name} = {count!r}; must be a positive whole number, such as {name}=8")
+        if self.host_sizes and (len(self.host_sizes), max(self.host_sizes)) != (self.hosts, self.devices_per_host):
+            raise ClusterError(
+                f"host_sizes = {self.host_sizes}, but hosts = {self.hosts} and devices_per_host = "
+                f"{self.devices_per_host}; these are how many there are, and the largest"
+            )
         if not 1 <= len(self.links) <= 2:
             raise ClusterError(
                 f"{len(self.links)} links; give one inside a host and, for several hosts, one across, inner first"
@@ -190,7 +201,21 @@ class Cluster:
 
     @property
     def devices(self) -> int:
-        return self.hosts * self.devices_per_host
+        return sum(self.host_sizes) if self.host_sizes else self.hosts * self.devices_per_host
+
+    @property
+    def device_counts(self) -> str:
+        """How many devices there are, as text: `2 x 8`, or `8 + 4` where hosts differ in size."""
+        return " + ".join(map(str, self.host_sizes)) or f"{self.hosts} x {self.devices_per_host}"
+
+    def with_hosts(self, *sizes: int) -> Cluster:
+        """The same kind of hosts, with so many devices on each.
+
+        >>> Cluster.named("h100").with_hosts(8, 4).mesh_shapes(max_axes=2)[:2]
+        [MeshShape(axes=('x',), sizes=(12,)), MeshShape(axes=('x', 'y'), sizes=(3, 4))]
+        """
+        differ = sizes if len(set(sizes)) > 1 else ()
+        return dataclasses.replace(self, hosts=len(sizes), devices_per_host=max(sizes, default=0), host_sizes=differ)
 
     @property
     def machine_kind(self) -> str:
@@ -261,16 +286,10 @@ class Cluster:
 
         devices = jax.devices() if devices is None else devices
         counts = Counter(hosts_of(devices))
-        hosts = len(counts)
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(map(str, counts.values()))
-            raise ClusterError(
-                f"{len(devices)} devices on {hosts} hosts: not the same number on each ({listed}); use as many on each "
-                "(devices=), or describe it in a TOML file and pass Cluster.load(path)"
-            )
+        hosts, sizes = len(counts), [count for _, count in sorted(counts.items())]
         kind = devices[0].device_kind
         for name in cls.names():
-            cluster = cls.named(name, hosts=hosts, devices_per_host=len(devices) // hosts)
+            cluster = cls.named(name).with_hosts(*sizes)
             if any(part.lower() in kind.lower() for part in cluster.device.kind_matches):
                 # Some devices have no allocator to ask (CPU, compile-only ones).
                 limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
@@ -285,20 +304,32 @@ class Cluster:
         )
 
     def mesh_shapes(self, max_axes: int = 3) -> list[MeshShape]:
-        """The meshes over all devices worth searching, simplest first; see `ffjax.cost.meshes.candidate_meshes`."""
-        return candidate_meshes(self.hosts, self.devices_per_host, max_axes)
+        """The meshes over all devices worth searching, simplest first; see `ffjax.cost.meshes.candidate_meshes`.
+
+        Where hosts differ in size, an axis lies inside a host if its size divides all of them: meshes are those of as
+        many small hosts of the greatest common size as there are devices for.
+        """
+        return candidate_meshes(*self._alike_hosts(), max_axes)
 
     def axis_link(self, mesh: MeshShape, axes: tuple[str, ...]) -> AxisGroup:
         """How the groups along `axes` lie on the hosts; raises ClusterError where mesh and cluster do not match."""
         if mesh.devices != self.devices:
             raise ClusterError(
                 f"mesh {mesh} has {mesh.devices} devices but cluster {self.name!r} has {self.devices} "
-                f"({self.hosts} x {self.devices_per_host}); use one of {', '.join(map(str, self.mesh_shapes()))}"
+                f"({self.device_counts}); use one of {', '.join(map(str, self.mesh_shapes()))}"
             )
-        return axis_group(mesh, axes, self.devices_per_host)
+        return axis_group(mesh, axes, self.host_sizes or self.devices_per_host)
+
+    def _alike_hosts(self) -> tuple[int, int]:
+        """How many hosts of one size these are, or would be if their largest equal parts were hosts."""
+        size = math.gcd(*self.host_sizes) if self.host_sizes else self.devices_per_host
+        return self.devices // size, size
 
     def compile_only_devices(self) -> tuple[jax.Device, ...]:
         """Devices of this cluster that programs can be compiled for, with none of them attached.
+
+        A topology has hosts of one size: hosts that differ are compiled for as if their largest equal parts were hosts.
+        What is compiled for one device depends on that only where XLA counts the devices of a host.
 
         Raises ClusterError where the cluster has no target config or the plugin that compiles for it is missing.
         """
@@ -317,7 +348,8 @@ class Cluster:
             )
         from jax.experimental import topologies
 
-        shape = f"1x{self.hosts}x{self.devices_per_host}"
+        hosts, size = self._alike_hosts()
+        shape = f"1x{hosts}x{size}"
         try:
             topology = topologies.get_topology_desc(
                 self.name, platform="cuda", target_config=self.target_config, topology=shape
@@ -379,10 +411,12 @@ def _read(file: Traversable | Path, folder: Traversable | Path, label: str) -> C
             )
         target_config = beside.read_text(encoding="utf-8")
     try:
+        sizes = fields.wholes("devices_per_host")
         cluster = Cluster(
             name=fields.text("name"),
             hosts=fields.whole("hosts"),
-            devices_per_host=fields.whole("devices_per_host"),
+            devices_per_host=max(sizes, default=0),
+            host_sizes=sizes if len(set(sizes)) > 1 else (),
             device=_device(device),
             links=tuple(_link(link) for link in links),
             reduce_scatter=fields.flag("reduce_scatter") if fields.has("reduce_scatter") else platform != "cpu",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from ffjax.cost.collectives import CollectiveModel
-from ffjax.cost.kernels import Kernel
+from ffjax.cost.kernels import Kernel, by_family
 from ffjax.cost.memory import Peak
 from ffjax.cost.op_times import SOURCES, op_times
 from ffjax.cost.region_costs import Splits, halo_seconds
@@ -53,22 +54,24 @@ def estimate(
     model: CollectiveModel,
     peak: Peak,
     simulated: Simulated | Timeline | None = None,
+    families: Sequence[Hashable] | None = None,
 ) -> Estimate:
     """Prices one layout: the search's own costs, for one choice.
 
     With what the simulator says of that layout, its seconds are taken: overlap, and of a conditional's branches only
-    the costliest. Without, nothing is taken to overlap and all branches count.
+    the costliest. Without, nothing is taken to overlap and all branches count. `families`: for each region what it
+    shares with those that are alike and have its assignment.
     """
-    by_region: dict[int, list[Kernel]] = {}
-    for kernel in kernels:
-        by_region.setdefault(kernel.region, []).append(kernel)
+    names = range(len(layout.regions.regions)) if families is None else families
+    members = Counter(names)
     compute_s = 0.0
     sources: dict[str, float] = {}
     times = op_times(model.cluster)
-    for index, own in by_region.items():
+    for name, own in by_family(kernels, names).items():
+        index = own[0].region
         splits = Splits(layout.regions.regions[index], [layout.assignments[index]], model)
         copied_s = halo_seconds(layout.regions, layout.regions.regions[index], [layout.assignments[index]], model)[0]
-        for source, seconds in (*times.by_source(own, splits).items(), ("counted", copied_s)):
+        for source, seconds in (*times.by_source(own, splits).items(), ("counted", members[name] * copied_s)):
             compute_s += float(seconds[0])
             sources[source] = sources.get(source, 0.0) + float(seconds[0])
     totals: dict[tuple[CollectiveKind, tuple[str, ...]], list[float]] = {}

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ffjax.cost.fusion import BORDERS, FREE, Fusions, find_fusions
 from ffjax.cost.moved_kernels import Move, moves
@@ -21,6 +22,8 @@ from ffjax.cost.work import ELEMENTWISE, Work, work_of
 from ffjax.ir import compat
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.regions import Dims, OpDims, Region, Regions
+
+Key = TypeVar("Key", bound=Hashable)
 
 _FLOPS_PER_ELEMENT = {
     **dict.fromkeys(("div", "sqrt", "rsqrt", "cbrt", "rem"), 4.0),
@@ -87,7 +90,7 @@ def kernels(regions: Regions) -> list[Kernel]:
                     for value, port in zip(op.results, dims.results, strict=True)
                     if fusions.in_memory[value]
                 ]
-                traffic = (*fresh, *writes)
+                traffic = _merged([*fresh, *writes])
                 if not traffic and op.kind not in _FLOPS_PER_ELEMENT:
                     continue
             made.append(
@@ -162,7 +165,15 @@ def _reads(
     return fresh
 
 
-def by_family(kernels: Sequence[Kernel], keys: Sequence[str]) -> dict[str, list[Kernel]]:
+def _merged(traffic: Sequence[tuple[Dims, float]]) -> tuple[tuple[Dims, float], ...]:
+    """What is split alike as one: a fused chain may read many values, in few shardings."""
+    sizes: dict[Dims, float] = {}
+    for dims, size in traffic:
+        sizes[dims] = sizes.get(dims, 0.0) + size
+    return tuple(sizes.items())
+
+
+def by_family(kernels: Sequence[Kernel], keys: Sequence[Key]) -> dict[Key, list[Kernel]]:
     """The kernels of each family of regions, those that are alike as one with all their trips.
 
     Members of a family number their atoms alike, so a family's kernels are priced in any member's atoms.
@@ -172,7 +183,7 @@ def by_family(kernels: Sequence[Kernel], keys: Sequence[str]) -> dict[str, list[
         key = (keys[k.region], k.flops, k.matmul, k.dtype, k.launches, k.traffic, k.iteration, k.work)
         first, trips = alike.get(key, (k, 0.0))
         alike[key] = (first, trips + k.trips)
-    families: dict[str, list[Kernel]] = {}
+    families: dict[Key, list[Kernel]] = {}
     for first, trips in alike.values():
         families.setdefault(keys[first.region], []).append(dataclasses.replace(first, trips=trips))
     return families

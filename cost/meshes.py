@@ -6,6 +6,7 @@ lies inside a host where it fits. Only counts matter here: nothing is known of l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,8 +84,8 @@ def candidate_meshes(hosts: int, devices_per_host: int, max_axes: int = 3) -> li
     return meshes
 
 
-def axis_group(mesh: MeshShape, axes: tuple[str, ...], devices_per_host: int) -> AxisGroup:
-    """How the groups along `axes` of `mesh` lie on hosts of `devices_per_host` devices.
+def axis_group(mesh: MeshShape, axes: tuple[str, ...], devices_per_host: int | Sequence[int]) -> AxisGroup:
+    """How the groups along `axes` of `mesh` lie on hosts of `devices_per_host` devices, or of so many each.
 
     Raises ClusterError where the mesh lacks an axis.
 
@@ -101,16 +102,23 @@ def axis_group(mesh: MeshShape, axes: tuple[str, ...], devices_per_host: int) ->
     return groups_on_hosts(ids, devices_per_host)
 
 
-def groups_on_hosts(ids: NDArray[np.int_], devices_per_host: int) -> AxisGroup:
-    """How groups of devices, one to a row of device ids, lie on hosts of `devices_per_host` devices.
+def groups_on_hosts(ids: NDArray[np.int_], devices_per_host: int | Sequence[int]) -> AxisGroup:
+    """How groups of devices, one to a row of device ids, lie on hosts of `devices_per_host` devices, or so many each.
 
     >>> groups_on_hosts(np.array([[0, 9], [1, 8]]), devices_per_host=8)
     AxisGroup(devices=2, hosts=2, devices_per_host=1, groups_per_host=2)
+    >>> groups_on_hosts(np.arange(12)[None, :], devices_per_host=(8, 4))
+    AxisGroup(devices=12, hosts=2, devices_per_host=4, groups_per_host=1)
     """
-    host_count = int(ids.max()) // devices_per_host + 1
+    host_of = (
+        ids // devices_per_host
+        if isinstance(devices_per_host, int)
+        else np.searchsorted(np.cumsum(devices_per_host), ids, side="right")
+    )
+    host_count = int(host_of.max()) + 1
     groups = np.arange(ids.shape[0])[:, None]
     # One entry for each pair of a group and a host that it has devices on, in order of groups.
-    pairs, devices = np.unique(groups * host_count + ids // devices_per_host, return_counts=True)
+    pairs, devices = np.unique(groups * host_count + host_of, return_counts=True)
     spans = np.bincount(pairs // host_count)
     fewest = np.minimum.reduceat(devices, np.cumsum(spans) - spans)
     worst = int(np.lexsort((fewest, -spans))[0])

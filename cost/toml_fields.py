@@ -58,6 +58,14 @@ class Fields:
             raise self._wrong(key, value, "a whole number")
         return value
 
+    def wholes(self, key: str) -> tuple[int, ...]:
+        """A whole number, or a list of them."""
+        value = self._get(key)
+        listed = value if isinstance(value, list) else [value]
+        if not listed or any(isinstance(item, bool) or not isinstance(item, int) for item in listed):
+            raise self._wrong(key, value, "a whole number, or a list of one for each")
+        return tuple(listed)
+
     def number(self, key: str) -> float:
         value = self._get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -396,7 +396,7 @@ def _clusters(clusters: Sequence[Cluster], title: str) -> Table:
     table = Table("name", "hosts x devices", "device", "memory", "links", title=title, title_justify="left")
     for c in clusters:
         links = ", ".join(link.name for link in c.links)
-        counts, memory = f"{c.hosts} x {c.devices_per_host}", bytes_text(c.device.memory_bytes)
+        counts, memory = c.device_counts, bytes_text(c.device.memory_bytes)
         table.add_row(c.name, counts, c.device.kind, memory, links)
     return table
 

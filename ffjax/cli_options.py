@@ -164,5 +164,7 @@ def cluster_named(text: str, hosts: int | None = None, devices_per_host: int | N
             raise click.UsageError("--cluster local is what JAX sees here; leave --hosts and --devices-per-host out")
         return Cluster.local()
     if text.endswith(".toml") or "/" in text:
-        return dataclasses.replace(Cluster.load(text), **given)  # type: ignore[arg-type]  # two counts, by their names
+        cluster = Cluster.load(text)
+        sizes = [devices_per_host or cluster.devices_per_host] * (hosts or cluster.hosts)
+        return cluster.with_hosts(*sizes) if given else cluster
     return Cluster.named(text, **given)

@@ -131,4 +131,4 @@ def here_as(cluster: Cluster, *, timed: bool) -> Cluster:
         return dataclasses.replace(cluster, profile=None)
     count = jax.device_count()
     hosts = jax.process_count()
-    return dataclasses.replace(cluster, hosts=hosts, devices_per_host=count // hosts, profile=None)
+    return dataclasses.replace(cluster.with_hosts(*[count // hosts] * hosts), profile=None)

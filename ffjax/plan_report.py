@@ -72,7 +72,7 @@ def plan_of(
             for leaf, op in zip(program.results, graph.outputs, strict=True)
         ),
         decisions=tuple(_decisions(regions, best, result.keys, others)),
-        estimate=estimate(layout, result.kernels, model, best.peak, best.simulated),
+        estimate=estimate(layout, result.kernels, model, best.peak, best.simulated, result.keys),
         search=_search_report(result, best, seconds),
         limits=limits_of(
             result.session.simulator(best.mesh), result.kernels, layout.assignments, _more_memory(result, best)

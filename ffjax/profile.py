@@ -7,7 +7,6 @@ shapes of a plan for many.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +80,7 @@ def profile(
             f"the devices here are {devices[0].device_kind!r}, those of {cluster.name!r} {cluster.device.kind!r}. "
             "Remedy: measure where such devices are; --analyse asks the compiler alone and needs none."
         )
-    local = dataclasses.replace(cluster, hosts=1, devices_per_host=len(devices)) if timed else cluster
+    local = cluster.with_hosts(len(devices)) if timed else cluster
     measured = Measured(samples=(), failed=(), left_out=())
     if timed:
         measured = measure(cases, devices, seconds=seconds, progress=progress)

@@ -35,8 +35,7 @@ def cluster_of_plan(plan: Plan, cluster: Cluster | None = None) -> Cluster:
     if not np.allclose(model.axis_prices, plan.axis_prices, rtol=1e-6):
         raise PlanError(
             f"the plan of {plan.program!r} was made for other links than those of {cluster.name!r} with "
-            f"{cluster.hosts} x {cluster.devices_per_host} devices. Remedy: give cluster= the one that it was planned "
-            "for."
+            f"{cluster.device_counts} devices. Remedy: give cluster= the one that it was planned for."
         )
     return cluster
 

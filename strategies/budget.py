@@ -5,7 +5,7 @@ A bound at all instants would be as long as the program. Only a few instants eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,8 @@ class Fit:
     """What a byte cost where this was found: by so much the objective falls with each further byte of budget."""
     free: Fit | None = None
     """The fastest solution if bytes cost nothing; None where that is this one."""
+    bound_within: Callable[[], float] | None = None
+    """Works out a bound on the seconds of all that fits, where bytes cost something."""
 
 
 def layout_of(problem: Problem, choice: Sequence[int]) -> Layout:
@@ -71,10 +73,13 @@ def scheduled_peak(layout: Layout, budget_bytes: float, memory: MemoryModel) -> 
     return memory.under(layout).peak(layout) if budget_bytes * _NEAR < most.bytes else most
 
 
-def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
+def instant(problem: Problem, times: Lifetimes, at: int, surely: NDArray[np.int64] | None = None) -> Instant:
     """What is in memory at one instant, as a function of the candidates: never less than `MemoryModel` says.
 
-    More where a value is read elsewhere only as a copy: here it stays until that is read for the last time.
+    More where a value is read elsewhere only as a copy: here it stays until that is read for the last time, and the
+    copy is there from its first reader to its last. With `surely`, until when each value is in memory in any case
+    (`MemoryModel.last_at_home`), only what is there whatever the candidates is counted: never more than `MemoryModel`
+    says.
     """
     regions, graph = problem.regions, problem.regions.graph
     taken = times.bytes()
@@ -91,9 +96,10 @@ def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
         else:
             fixed += size
 
-    for value in np.flatnonzero((times.first <= at) & (at <= times.last)).tolist():
+    last = times.last if surely is None else np.minimum(surely, times.last)
+    for value in np.flatnonzero((times.first <= at) & (at <= last)).tolist():
         hold(value, float(taken[value]))
-    if times.compiler.results_apart:
+    if times.compiler.results_apart and surely is None:  # temporaries may lie in them
         for value in times.new_results[at < times.first[times.new_results]].tolist():
             hold(value, float(taken[value]))
     for value, since, until, larger in times.copied:
@@ -105,28 +111,42 @@ def instant(problem: Problem, times: Lifetimes, at: int) -> Instant:
         _add(node_bytes, node, share)
     _add_sums(problem, times, taken, at, node_bytes)
     _add_edges(problem, times, taken, at, node_bytes)
-    reads: dict[tuple[int, int], tuple[int, int]] = {}
-    gathered = set()
-    for edge in regions.edges:
-        if times.graph.ops[edge.op].kind == MERGED:
-            continue
-        key_ = (edge.value, graph.ops[edge.op].scope)
-        when, until = int(times.when[edge.op]), int(times.until[edge.op])
-        when = min(when, times.copies.get((edge.value, edge.op), (when, when))[0])
-        first, last = reads.get(key_, (when, until))
-        reads[key_] = (min(first, when), max(last, until))
-        if when == at:
-            gathered.add(key_)
+    reads = _reads(problem, times)
+    now = [e for e in regions.edges if times.when[e.op] == at and times.graph.ops[e.op].kind != MERGED]
+    gathered = {(e.value, graph.ops[e.op].scope) for e in now}
     copy_bytes: dict[int, NDArray[np.float64]] = {}
     for index, transfer in enumerate(problem.transfers):
-        alive = [m for m in transfer.values if m in reads and reads[m][0] <= at <= reads[m][1]]
+        alive = [m for m in transfer.values if m in reads and _is_read(reads[m], at, every=surely is not None)]
         if alive:
             shards = np.array([shard_count(c, problem.mesh) for c in transfer.columns], dtype=float)
             size = float(taken[[value for value, _ in alive]].sum())
-            if times.compiler.copies_gathered:
+            if times.compiler.copies_gathered and surely is None:
                 size += float(taken[[member[0] for member in alive if member in gathered]].sum())
             copy_bytes[index] = size / shards
     return Instant(node_bytes=node_bytes, copy_bytes=copy_bytes, fixed_bytes=fixed)
+
+
+def _reads(problem: Problem, times: Lifetimes) -> dict[tuple[int, int], dict[tuple[int, Dims], tuple[int, int]]]:
+    """For each value and scope that it is read in from when to when each kind of reader needs its copy."""
+    graph = problem.regions.graph
+    reads: dict[tuple[int, int], dict[tuple[int, Dims], tuple[int, int]]] = {}
+    for edge in problem.regions.edges:
+        if times.graph.ops[edge.op].kind == MERGED:
+            continue
+        ports = reads.setdefault((edge.value, graph.ops[edge.op].scope), {})
+        port = problem.node_of[edge.target], edge.target_dims
+        when, until = int(times.when[edge.op]), int(times.until[edge.op])
+        when = min(when, times.copies.get((edge.value, edge.op), (when, when))[0])
+        first, last = ports.get(port, (when, until))
+        ports[port] = min(first, when), max(last, until)
+    return reads
+
+
+def _is_read(ports: Mapping[tuple[int, Dims], tuple[int, int]], at: int, *, every: bool) -> bool:
+    """Whether a copy for all readers is there at an instant; with `every`, one for any of them alone."""
+    if every:
+        return all(first <= at <= last for first, last in ports.values())
+    return min(first for first, _ in ports.values()) <= at <= max(last for _, last in ports.values())
 
 
 def _add(node_bytes: dict[int, NDArray[np.float64]], node: int, sizes: NDArray[np.float64]) -> None:
@@ -142,21 +162,22 @@ def _add_sums(
 ) -> None:
     """Adds the partial sums that are being reduced under the candidates that leave some."""
     regions = problem.regions
-    sums = possible_sums(regions)
-    for value in sums:
+    for value in possible_sums(regions):
+        there = {
+            scattered: sum(since <= at <= until for since, until in times.partial_sums(value, scattered=scattered))
+            for scattered in (False, True)
+        }
+        if not any(there.values()):
+            continue
         region = regions.regions[regions.region_of[regions.graph.values[value].producer]]
         node = problem.node_of[region.id]
-        entry = problem.nodes[node]
-        copies = np.zeros(len(entry.candidates))
+        entry, reduced = problem.nodes[node], region.dims[-1].reduced
+        held = np.zeros(len(entry.candidates))
         for index, candidate in enumerate(entry.candidates):
-            scatters = any(d != UNUSED for d in candidate.scatter)
-            if any(a in region.dims[-1].reduced for a in candidate.atoms):
-                spans = times.partial_sums(value, scattered=scatters)
-                copies[index] = sum(since <= at <= until for since, until in spans)
-        if not copies.any():
-            continue
-        sizes = copies * taken[value] / entry.splits.of_dims(regions.home[value])
-        _add(node_bytes, node, sizes)
+            if any(a in reduced for a in candidate.atoms):
+                held[index] = there[any(d != UNUSED for d in candidate.scatter)]
+        if held.any():
+            _add(node_bytes, node, held * taken[value] / entry.splits.of_dims(regions.home[value]))
 
 
 def _add_edges(
@@ -168,8 +189,8 @@ def _add_edges(
 ) -> None:
     """Adds the images that lie beside their neighbours' edges under the candidates that cut them."""
     regions, mesh = problem.regions, problem.mesh
-    for op in regions.graph.ops:
-        if times.when[op.id] != at or not (found := halos(op.eqn)):
+    for op in (regions.graph.ops[i] for i in np.flatnonzero(times.when == at)):
+        if not (found := halos(op.eqn)):
             continue
         region = regions.regions[regions.region_of[op.id]]
         node = problem.node_of[region.id]

@@ -11,6 +11,7 @@ price is found by bisection; where none fits, only bytes are minimised, and the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ _ROUNDS, _PATIENCE = 10, 2
 """Of minimising bytes alone: at most so many, and so many without a lower peak end it."""
 BYTES_ALONE = 1e3
 """The price at which memory alone is minimised, but for ties."""
-_PRICED_GAP, _PRICED_SWEEPS = 1e-3, 12
+_BOUND_PRICES = (0.1, 0.3, 0.6, 1.0, 1.5)
+"""Times the price that was found, at which a bound within the budget is looked for."""
+_PRICED_GAP, _PRICED_SWEEPS, _BOUND_SWEEPS = 1e-3, 12, 30
 """How well priced problems are solved: a price is a guess itself."""
 
 
@@ -73,7 +76,9 @@ def solve_within(
     less = _solve_priced(Priced(problem, target, memory, times, solver, found), thorough)
     own = scheduled_peak(less.layout, budget_bytes, memory)
     solution = dataclasses.replace(less.solution, bound_s=found.solution.bound_s)
-    return dataclasses.replace(less, solution=solution, peak=own, fits=own.bytes <= budget_bytes)
+    return dataclasses.replace(
+        less, solution=solution, peak=own, fits=own.bytes <= budget_bytes, bound_within=found.bound_within
+    )
 
 
 class Priced:
@@ -112,12 +117,32 @@ class Priced:
             fit_of(self.problem, solution, self.budget_bytes, self.memory),
             s_per_byte=price * self._s_per_byte,
             free=self.free,
+            bound_within=functools.partial(self.bound_s, price * self._s_per_byte),
         )
         if found.peak.bytes < self.least.peak.bytes:
             self.least = found
         if not found.fits:
             self._play(found.peak.instant)
         return found
+
+    def bound_s(self, s_per_byte: float) -> float:
+        """What no choice within the budget can be below, by Lagrange's relaxation of the budget.
+
+            min over choices (seconds + sum over instants w_i * bytes at i) - budget * sum w_i   <=   seconds that fit
+
+        for any weights w >= 0, if no more bytes are counted at an instant than are live (`budget.instant`, `surely`).
+        The weights are the instants at which solutions peaked, at prices around the one that was found.
+        """
+        best = self.free.solution.bound_s
+        sure = {at: instant(self.problem, self.times, at, self.memory.last_at_home) for at in self._played}
+        for factor in _BOUND_PRICES:
+            price = factor * s_per_byte
+            weights = [(sure[at], n / self._played.total() * price) for at, n in self._played.items()]
+            found = self.solver.solve(priced(self.problem, weights), gap=_PRICED_GAP, sweeps=_BOUND_SWEEPS, prove=False)
+            if found is not None:
+                fixed = sum(w * entry.fixed_bytes for entry, w in weights)
+                best = max(best, found.bound_s + fixed - price * self.budget_bytes)
+        return best
 
     def shrink(self, rounds: int = _ROUNDS) -> None:
         """Looks for a smaller `least`, until one fits or none is found any more."""

@@ -356,8 +356,8 @@ def restrict(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:
     for transfer in problem.transfers:
         row_of = transfer.row_of[list(kept[transfer.source])]
         columns_of = [c.column_of[list(kept[c.node])] for c in transfer.consumers]
-        rows, row_index = np.unique(row_of, return_inverse=True)
-        columns, inverse = np.unique(np.concatenate(columns_of), return_inverse=True)
+        rows, row_index = _used(row_of, len(transfer.rows))
+        columns, inverse = _used(np.concatenate(columns_of), len(transfer.columns))
         ends = np.cumsum([len(c) for c in columns_of])[:-1]
         transfers.append(
             dataclasses.replace(
@@ -373,3 +373,10 @@ def restrict(problem: Problem, kept: Sequence[Sequence[int]]) -> Problem:
             )
         )
     return dataclasses.replace(problem, nodes=nodes, transfers=transfers)
+
+
+def _used(index: Ints, count: int) -> tuple[Ints, Ints]:
+    """Which of the numbers below `count` occur, ascending, and for each of `index` its place among them."""
+    occurs = np.zeros(count, bool)
+    occurs[index] = True
+    return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[index]

@@ -2,8 +2,9 @@
 
 1. Every named strategy that has a use for a mesh is solved on every mesh; restricted problems are small.
 2. On the meshes where they did best the free problem is solved to a proved gap (`methods/solver.py`), from where they
-   ended. A sum of costs sees no overlap, so where collectives run beside kernels it is solved for several guesses of
-   how much is hidden (`overlap`).
+   ended; then, where links are of two levels, on a mesh of three axes that cuts those of the best plan. A sum of costs
+   sees no overlap, so where collectives run beside kernels it is solved for several guesses of how much is hidden
+   (`overlap`).
 3. What does not fit is solved again with a price on memory (`priced_memory`), which also finds what budget would do.
 4. Solutions are simulated, and the fastest that fits is refined over the simulator (`methods/refinement.py`): never
    worse than the best named strategy.
@@ -19,15 +20,16 @@ from dataclasses import dataclass
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.kernels import Kernel
 from ffjax.ir.regions import Regions
-from ffjax.ir.spec import MeshShape
+from ffjax.ir.spec import MeshShape, parts_of
 from ffjax.strategies.base import Strategy, all_strategies, named
 from ffjax.strategies.budget import scheduled_peak
 from ffjax.strategies.candidates import Keep
+from ffjax.strategies.methods.decomposition import GAP
 from ffjax.strategies.roles import lacking
 from ffjax.strategies.session import AUTO, Found, Session
 
 MOST_AXES = 2
-"""Of the meshes that are tried when none is given."""
+"""Of the meshes on which strategies are tried when none is given; those of the best plan may be cut into one more."""
 FREE_MESHES = 3
 """On how many meshes, beside the one with a single axis, the free problem is solved."""
 
@@ -82,6 +84,7 @@ def search(
     search_ = Session(regions, cluster, budget_bytes, keep, marks)
     analysed = time.perf_counter()
     strategies = all_strategies() if strategy == AUTO else (named(strategy),)
+    given = meshes is not None
     if meshes is None:
         meshes = cluster.mesh_shapes(max_axes=MOST_AXES)
         tried = {s.name: _natural(s, meshes) for s in strategies}
@@ -108,6 +111,10 @@ def search(
             if progress:
                 progress(f"free search on {mesh}", 0.5 + 0.5 * done / len(chosen))
             found += search_.free(mesh, [f for f in found if f.mesh == mesh])
+        if not given and (finer := _finer(cluster, found)) is not None:
+            if progress:
+                progress(f"free search on {finer[0]}", 1.0)
+            found += search_.finer(*finer)
     solved = time.perf_counter()
     if strategy == AUTO and cluster.async_collectives:
         if progress:
@@ -122,6 +129,8 @@ def search(
     )
     best = best or min(found, key=lambda f: f.peak.bytes)
     free = next((f for f in found if f.strategy == AUTO and f.mesh == best.mesh), None)
+    if best.strategy == AUTO and best.bound_within is not None and best.gap > GAP:
+        best = dataclasses.replace(best, bound_s=max(best.bound_s, min(best.bound_within(), best.objective_s)))
     if best.strategy != AUTO and free is not None:
         # What was proved of the strategy alone is little: what counts is the whole space.
         best = dataclasses.replace(best, objective_s=best.step_s, bound_s=min(free.bound_s, best.step_s))
@@ -172,3 +181,16 @@ def _promising(found: Sequence[Found], meshes: Sequence[MeshShape]) -> list[Mesh
     ranked = sorted(meshes, key=score)
     single = [m for m in meshes if len(m.axes) == 1]
     return list(dict.fromkeys([m for m in ranked if len(m.axes) > 1][:FREE_MESHES] + single))
+
+
+def _finer(cluster: Cluster, found: Sequence[Found]) -> tuple[MeshShape, Found] | None:
+    """A mesh of three axes to try, and the fastest plan on a mesh of two that it cuts; None on one level of links."""
+    if cluster.hosts == 1 or cluster.devices_per_host == 1:
+        return None
+    base = min(
+        (f for f in found if f.fits and len(f.mesh.axes) == MOST_AXES), key=lambda f: f.predicted_s, default=None
+    )
+    if base is None:
+        return None
+    cuts = [m for m in cluster.mesh_shapes(MOST_AXES + 1) if len(m.axes) > MOST_AXES and parts_of(base.mesh, m)]
+    return (cuts[0], base) if cuts else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.memory import MemoryModel, Peak
 from ffjax.cost.simulation.simulator import Simulated, Simulator
 from ffjax.cost.simulation.task_graph import TaskGraph, build_task_graph
+from ffjax.ir.assignment import Assignment
 from ffjax.ir.dims import named_dims
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
-from ffjax.ir.spec import MeshShape
+from ffjax.ir.spec import MeshShape, parts_of
 from ffjax.strategies.base import Role, Strategy
 from ffjax.strategies.budget import Fit, layout_of
 from ffjax.strategies.candidates import Keep
@@ -35,6 +37,11 @@ OBSERVED = 3
 """How often at most it is solved again with collectives as exposed as they are in the best plan there."""
 
 AUTO = "auto"
+
+MOST_FINER = 15_000
+"""Candidates, about, up to which a mesh of three axes is tried."""
+WORTH = 2e-3
+"""By what share of the step a third axis must be faster: each is one more thing to understand, and to compile right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +70,7 @@ class Found:
     s_per_byte: float = 0.0
     free: Fit | None = None
     """What memory cost in the solve that found this, and the solution at no cost; see `Fit`."""
+    bound_within: Callable[[], float] | None = None
 
     @property
     def gap(self) -> float:
@@ -110,11 +118,16 @@ class Session:
         found = self._solved(strategy.name, problem, (), None, Solver(), thorough=alone, began=began)
         return [] if found is None else [found]
 
-    def free(self, mesh: MeshShape, named_: Sequence[Found]) -> list[Found]:
-        """Plans of the whole space on one mesh, the first never worse than the named ones there if nothing overlaps."""
+    def free(self, mesh: MeshShape, named_: Sequence[Found], known: Sequence[Sequence[Assignment]] = ()) -> list[Found]:
+        """Plans of the whole space on one mesh, the first never worse than the named ones there if nothing overlaps.
+
+        `known` are more plans there, an assignment for each region.
+        """
         began = time.perf_counter()
         problem = self.problem(mesh)
-        starts = [c for f in named_ if (c := choice_of(problem, f.layout.assignments)) is not None]
+        starts = [
+            c for a in (*(f.layout.assignments for f in named_), *known) if (c := choice_of(problem, a)) is not None
+        ]
         solver, found = Solver(), list[Found]()
 
         def solve(exposed: Exposed | None) -> Found | None:
@@ -137,6 +150,22 @@ class Session:
             if one is None or one.predicted_s >= best.predicted_s:
                 break
         return found
+
+    def finer(self, mesh: MeshShape, base: Found) -> list[Found]:
+        """Plans on a mesh that cuts one axis of another plan's into two, if they are worth a third axis.
+
+        None where there would be too many candidates: a search stays within seconds.
+        """
+        expected = sum(
+            len(n.candidates) ** (len(mesh.axes) / len(base.mesh.axes)) for n in self.problem(base.mesh).nodes
+        )
+        pieces = parts_of(base.mesh, mesh)
+        if expected > MOST_FINER or pieces is None:
+            return []
+        cut = {a: a.cut(pieces) for a in set(base.layout.assignments)}
+        found = self.free(mesh, (), [[cut[a] for a in base.layout.assignments]])
+        fastest = min((f.predicted_s for f in found if f.fits), default=math.inf)
+        return found if fastest < (1 - WORTH) * base.predicted_s else []
 
     def refined(self, found: Sequence[Found]) -> list[Found]:
         """The fastest plan that fits, if the simulator finds a better one near it."""
@@ -211,6 +240,7 @@ class Session:
             layout=fit.layout,
             s_per_byte=fit.s_per_byte,
             free=fit.free,
+            bound_within=fit.bound_within,
             simulated=self.simulated(fit.layout) if fit.fits and self.cluster.async_collectives else None,
         )
 
@@ -219,7 +249,7 @@ class Session:
 
     def simulator(self, mesh: MeshShape) -> Simulator:
         if self._tasks is None:
-            self._tasks = build_task_graph(self.regions, self.kernels)
+            self._tasks = build_task_graph(self.regions, self.kernels, self.keys)
         if mesh not in self._simulators:
             model = CollectiveModel(mesh, self.cluster)
             self._simulators[mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import pickle
@@ -279,8 +280,27 @@ def test_local_of_an_unknown_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_local_with_uneven_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     _attach(monkeypatch, "cpu", 5, processes=2)
-    with pytest.raises(ClusterError, match=r"5 devices on 2 hosts.*Cluster\.load\(path\)"):
-        Cluster.local()
+    assert Cluster.local().host_sizes == (3, 2)
+
+
+def test_hosts_of_different_sizes(tmp_path: Path) -> None:
+    cluster = _load(tmp_path, GOOD.replace("devices_per_host = 4", "devices_per_host = [8, 4]"))
+    assert (cluster.devices, cluster.hosts, cluster.device_counts) == (12, 2, "8 + 4")
+    # An axis of a size that divides both lies inside hosts.
+    assert [str(m) for m in cluster.mesh_shapes(max_axes=2)][:3] == ["12", "3x4", "6x2"]
+    mesh = MeshShape(("x", "y"), (3, 4))
+    assert not cluster.axis_link(mesh, ("y",)).crosses_hosts
+    across = cluster.axis_link(mesh, ("x",))
+    assert (across.hosts, across.devices_per_host, across.groups_per_host) == (2, 1, 4)
+    # Of axes that lie across hosts unevenly the worst group counts: two of its devices share one host's network.
+    assert cluster.axis_link(MeshShape(("x", "y"), (2, 6)), ("y",)).devices_per_host == 2
+    assert cluster.with_hosts(4, 4).host_sizes == ()
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 2)])
+def test_host_sizes_that_contradict_counts(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ClusterError, match="host_sizes"):
+        dataclasses.replace(Cluster.named("h100", hosts=2), host_sizes=sizes)
 
 
 # ---- compile-only devices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffjax.cost.cluster import Cluster
+from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.compilers import compiler_of
 from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.memory import MemoryModel
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
+from ffjax.strategies import session
 from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods.dual_ascent import Ascent
@@ -65,6 +68,32 @@ def test_the_ascent_bounds_every_choice_and_drops_none_that_is_good(
 
 
 @quick
+@given(picks=programs, mesh=meshes)
+def test_turns_together_do_what_turns_one_by_one_do(picks: list[Pick], mesh: MeshShape) -> None:
+    ascent = Ascent(small_problem(picks, mesh))
+    theta, slack = [t.copy() for t in ascent.theta], [p.slack.copy() for p in ascent.pairs]
+    for forward in (True, False, True):
+        ascent.take_turns(forward=forward)
+        nodes = range(len(theta))
+        for node in nodes if forward else reversed(nodes):
+            near = [(i, p) for i, p in enumerate(ascent.pairs) if node in (p.source, p.target)]
+            done = [(i, p) for i, p in near if (p.source + p.target - node < node) == forward]
+            coming = [(i, p) for i, p in near if (p.source + p.target - node > node) == forward]
+            for i, p in done:
+                spare = slack[i].min(axis=1 if p.source == node else 0)
+                slack[i] -= spare[:, None] if p.source == node else spare
+                theta[node] += spare[p.row_of if p.source == node else p.column_of]
+            part = theta[node] / max(len(done), len(coming), 1)
+            for i, p in coming:
+                index = p.row_of if p.source == node else p.column_of
+                message = np.array([part[index == n].min() for n in range(index.max() + 1)])
+                slack[i] += message[:, None] if p.source == node else message
+                theta[node] -= message[index]
+        for ours, theirs in zip([*ascent.theta, *(p.slack for p in ascent.pairs)], [*theta, *slack], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+
+
+@quick
 @given(picks=programs, mesh=meshes, seed=st.integers(0, 99))
 def test_a_restricted_problem_prices_choices_alike(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     problem = small_problem(picks, mesh)
@@ -109,6 +138,8 @@ def test_a_budget_is_kept_and_found_where_there_is_one(picks: list[Pick], mesh: 
 
     fit = solve_within(problem, budget, memory, memory.times, Solver())
     assert fit is not None
+    if fit.bound_within is not None:
+        assert fit.bound_within() <= best * (1 + 1e-9)
     if fit.fits:
         assert fit.peak.bytes <= budget
         assert best * (1 - 2e-4) <= total_seconds(problem, fit.solution.choice)
@@ -157,3 +188,34 @@ def test_on_one_device_there_is_nothing_to_gain() -> None:
     alone = Cluster.named("cpu", devices_per_host=1)
     result = search(example("recommender"), alone, budget_bytes=alone.device.memory_bytes)
     assert result.best.bound_s == pytest.approx(result.best.step_s)
+
+
+def test_a_third_axis_is_tried_where_links_are_of_two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WORTH", -math.inf)  # whatever it is worth
+    two_levels = CLUSTERS["h100"][0]
+    result = search(example("recommender"), two_levels, budget_bytes=two_levels.device.memory_bytes)
+    flat = [f for f in result.found if len(f.mesh.axes) == 2]
+    cut = [f for f in result.found if len(f.mesh.axes) == 3]
+    assert {str(f.mesh) for f in cut} == {"2x2x2"}
+    base = min(flat, key=lambda f: f.predicted_s)
+    # It starts from that plan, which is one of its own.
+    assert min(f.step_s for f in cut) <= base.step_s * (1 + 1e-9)
+    assert min(f.predicted_s for f in result.found) == result.best.predicted_s
+
+
+def test_a_third_axis_is_left_out_where_it_is_worth_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WORTH", 1.0)
+    two_levels = CLUSTERS["h100"][0]
+    result = search(example("recommender"), two_levels, budget_bytes=two_levels.device.memory_bytes)
+    assert max(len(f.mesh.axes) for f in result.found) == 2
+
+
+def test_hosts_of_different_sizes_share_a_plan() -> None:
+    uneven = Cluster.named("h100").with_hosts(4, 2)
+    result = search(example("recommender"), uneven, budget_bytes=uneven.device.memory_bytes)
+    assert result.best.fits
+    assert result.best.mesh.devices == 6
+    # Through the smaller host's network no more passes than its devices can send.
+    alike = Cluster.named("h100", hosts=3, devices_per_host=2)
+    gathers = [CollectiveModel(MeshShape(("x",), (6,)), c).coefficients("all_gather", ("x",)) for c in (uneven, alike)]
+    assert gathers[0][1] == gathers[1][1]

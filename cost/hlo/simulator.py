@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -145,7 +146,7 @@ class _Run:
 
     def collective(self, instruction: Instruction, collective: HloCollective, source: str) -> int:
         """Puts a collective on its link; its task, or none for groups of one device."""
-        group = _group(collective, self.cluster.devices_per_host)
+        group = _group(collective, self.cluster.host_sizes or self.cluster.devices_per_host)
         if group.devices == 1:
             return _NOTHING
         alpha_s, beta_s_per_byte, _ = priced(collective.kind, group, self.cluster)
@@ -272,7 +273,7 @@ class _Run:
         )
 
 
-def _group(collective: HloCollective, devices_per_host: int) -> AxisGroup:
+def _group(collective: HloCollective, devices_per_host: int | Sequence[int]) -> AxisGroup:
     """How a collective's groups lie on hosts. Of a permute the worst pair counts."""
     if collective.paired:
         rows = np.array([pair for pair in collective.groups if pair[0] != pair[1]] or [(0,)])

@@ -127,7 +127,7 @@ def cluster_text(cluster: Cluster) -> str:
     lines = [
         f'name = "{cluster.name}"',
         f"hosts = {cluster.hosts}",
-        f"devices_per_host = {cluster.devices_per_host}",
+        f"devices_per_host = {list(cluster.host_sizes) or cluster.devices_per_host}",
         f"reduce_scatter = {str(cluster.reduce_scatter).lower()}",
         "",
         "[device]",

@@ -24,8 +24,6 @@ from ffjax.cost.simulation.task_costs import Copy, Hop
 from ffjax.cost.simulation.task_graph import AFTER, BEFORE, DURING, START, Block, Point, Read, Sum, TaskGraph
 
 AHEAD = 2.0
-SEGMENT = 32
-"""Steps that are played together: simulating again takes up where a segment begins."""
 _NOWHERE = START - 1
 
 
@@ -36,14 +34,10 @@ class Schedule:
     """
 
     def __init__(self, block: Block, reads: Sequence[Read], op_of: Sequence[int], tasks: TaskGraph) -> None:
-        steps = block.steps
         self._op_of, self._step_of = op_of, tasks.step_of
-        # For each step the kernels that are deferred to it, and whether it has one of its own.
-        self._plays = {op: (r[:-1], True) if r and r[-1] == op else (r, False) for op, r in block.runs.items()}
-        self._plays.update((op, ((), False)) for op in block.inner if op not in self._plays)
-        self.segments = [steps[i : i + SEGMENT] for i in range(0, len(steps), SEGMENT)] or [[]]
+        self.segments = block.segments
         self.inner = block.inner
-        self._bounds = [START, *(s[0] for s in self.segments[1:])]
+        self._bounds = [START, *(s[0].op for s in self.segments[1:])]
         self._wait_at = tasks.wait_at
         # By port of the block, in the order of ops.
         self._index = {port: i for i, port in enumerate(block.ports)}
@@ -113,6 +107,8 @@ class Schedule:
                 self._blocked[index] += step
 
     def _first_wait(self, points: Sequence[Point]) -> int | None:
+        if len(points) == 1:
+            return self._wait_at.get(points[0])
         return min((self._wait_at[p] for p in points if p in self._wait_at), default=None)
 
     def _wait(self, point: Point, points: Sequence[Point]) -> None:
@@ -193,7 +189,7 @@ class Schedule:
 
         def flush() -> None:
             if ops:
-                found.append(Run(sum([ticks[op] for op in ops]), tuple(ops)))
+                found.append(Run(sum(map(ticks.__getitem__, ops)), tuple(ops)))
                 ops.clear()
 
         def issue(until: int) -> None:
@@ -206,9 +202,14 @@ class Schedule:
                 flush()
                 found.append(self._issued[segment][point][1])
 
-        for op in self.segments[segment]:
-            deferred, own = self._plays[op]
-            waits = self._waits.get(op)
+        moved, waits_at = self._moved, self._waits
+        for op, deferred, own, holds in self.segments[segment]:
+            waits = waits_at.get(op)
+            if not waits and not holds and (at == len(issues) or issues[at][0] > 3 * op + DURING):
+                ops += deferred
+                if own and op not in moved:
+                    ops.append(op)
+                continue
             if deferred:
                 # What is copied for this op may be made by these.
                 if waits and (theirs := tuple(p for p in waits if p < 0 or self._op_of[p] != op)):
@@ -222,10 +223,10 @@ class Schedule:
                 found.append(Wait(tuple(waits)))
             if at < len(issues):
                 issue(3 * op + DURING)
-            if op in self.inner:
+            if holds:
                 flush()
                 found.append(inside[op])
-            elif own and op not in self._moved:
+            elif own and op not in moved:
                 ops.append(op)
         issue(3 * (2**62))
         flush()

@@ -65,7 +65,8 @@ class Simulator:
       model: the mesh, the cluster and its collectives. Collectives are asynchronous where
         `Cluster.async_collectives` says so.
       axis_prices: as in `Layout`; by default the model's.
-      tasks: of the same program (`build_task_graph`), if they are known: they are the same on every mesh.
+      tasks: of the same program (`build_task_graph`), if they are known: they are the same on every mesh. Where they
+        have `families`, regions of one have one assignment in all plans.
     """
 
     def __init__(
@@ -82,14 +83,6 @@ class Simulator:
         self.tasks = build_task_graph(regions, kernels) if tasks is None else tasks
         self._costs = TaskCosts(regions, kernels, model, self.tasks)
         self._kernel_ops = [list(dict.fromkeys(k.op for k in own)) for own in self._costs.own]
-        self._reads_of: list[list[int]] = [[] for _ in regions.regions]
-        for index, read in enumerate(self.tasks.reads):
-            for region in set(read.regions):
-                self._reads_of[region].append(index)
-        self._sums_of: list[list[int]] = [[] for _ in regions.regions]
-        for index, entry in enumerate(self.tasks.sums):
-            for region in set(entry.regions):
-                self._sums_of[region].append(index)
         reads: dict[int, list[Read]] = {scope: [] for scope in self.tasks.blocks}
         for read in self.tasks.reads:
             reads[read.block].append(read)
@@ -112,8 +105,8 @@ class Simulator:
         self.assignments = list(assignments)
         self._numbers = self._costs.numbers(assignments)
         self._ticks = [0] * len(self.regions.graph.ops)
-        self._copies: list[tuple[Copy, ...]] = [()] * len(self.tasks.reads)
-        self._sums: list[tuple[Hop, ...]] = [()] * len(self.tasks.sums)
+        self._copies: list[tuple[Copy, ...]] = [()] * len(self._costs.kinds.read_groups)
+        self._sums: list[tuple[Hop, ...]] = [()] * len(self._costs.kinds.sum_groups)
         start = idle(len(self.model.cluster.links))
         self._played = {}
         for scope, schedule in self.schedules.items():
@@ -126,7 +119,8 @@ class Simulator:
                 compute=[0] * count,
                 comm=[0] * count,
             )
-        everything = self.regions.regions, self.tasks.reads, self.tasks.sums
+        kinds = self._costs.kinds
+        everything = kinds.region_groups, kinds.read_groups, kinds.sum_groups
         return self._update(*(range(len(all_)) for all_ in everything), anew=True)
 
     def change(self, regions: int | Sequence[int], assignment: Assignment) -> Simulated:
@@ -139,9 +133,12 @@ class Simulator:
             raise ValueError("there is no plan to change yet; call run(assignments) first")
         for region, assignment in changes.items():
             self.assignments[region], self._numbers[region] = assignment, self._costs.number(assignment)
-        reads = dict.fromkeys(i for r in changes for i in self._reads_of[r])
-        sums = dict.fromkeys(i for r in changes for i in self._sums_of[r])
-        return self._update(changes, reads, sums)
+        # Regions of a family share what they touch.
+        touched = {id(t): t for r in changes for t in (self._costs.kinds.touched[r],)}.values()
+        regions = dict.fromkeys(g for t in touched for g in t.regions)
+        reads = dict.fromkeys(g for t in touched for g in t.reads)
+        sums = dict.fromkeys(g for t in touched for g in t.sums)
+        return self._update(regions, reads, sums)
 
     @property
     def layout(self) -> Layout:
@@ -178,32 +175,35 @@ class Simulator:
     def _update(
         self, regions: Iterable[int], reads: Iterable[int], sums: Iterable[int], *, anew: bool = False
     ) -> Simulated:
-        layout, numbers, costs = self.layout, self._numbers, self._costs
-        block_of, ops = self.tasks.block_of, self.regions.graph.ops
-        for region in regions:
-            own = self._kernel_ops[region]
-            if not own:
+        layout, numbers, costs, kinds = self.layout, self._numbers, self._costs, self._costs.kinds
+        block_of, ops, all_ticks = self.tasks.block_of, self.regions.graph.ops, self._ticks
+        for group in regions:
+            alike = kinds.region_groups[group]
+            if not self._kernel_ops[alike[0]]:
                 continue
-            priced = costs.kernel_ticks(region, self.assignments[region], numbers[region])
-            for op, ticks in zip(own, priced, strict=True):
-                if self._ticks[op] != ticks:
-                    self._ticks[op] = ticks
-                    if not anew:
-                        self.schedules[block_of[ops[op].scope]].touch(op)
-        for index in sums:
-            entry = self.tasks.sums[index]
-            hops = costs.sums(index, entry, numbers, layout)
-            if hops != self._sums[index]:
-                self._sums[index] = hops
-                self.schedules[entry.block].set_sum(entry, hops)
+            priced = costs.kernel_ticks(alike[0], self.assignments[alike[0]], numbers[alike[0]])
+            for region in alike:
+                for op, ticks in zip(self._kernel_ops[region], priced, strict=True):
+                    if all_ticks[op] != ticks:
+                        all_ticks[op] = ticks
+                        if not anew:
+                            self.schedules[block_of[ops[op].scope]].touch(op)
+        for group in sums:
+            alike = kinds.sum_groups[group]
+            hops = costs.sums(alike[0], self.tasks.sums[alike[0]], numbers, layout)
+            if hops != self._sums[group]:
+                self._sums[group] = hops
+                for entry in (self.tasks.sums[index] for index in alike):
+                    self.schedules[entry.block].set_sum(entry, hops)
         rearranged: dict[int, None] = {}
-        for index in reads:
-            read = self.tasks.reads[index]
-            copies = costs.copies(index, read, numbers, layout)
-            if copies != self._copies[index]:
-                self.schedules[read.block].set_copies(read, self._copies[index], copies)
-                self._copies[index] = copies
-                rearranged[read.block] = None
+        for group in reads:
+            alike = kinds.read_groups[group]
+            copies = costs.copies(alike[0], self.tasks.reads[alike[0]], numbers, layout)
+            if copies != self._copies[group]:
+                for read in (self.tasks.reads[index] for index in alike):
+                    self.schedules[read.block].set_copies(read, self._copies[group], copies)
+                    rearranged[read.block] = None
+                self._copies[group] = copies
         for scope in rearranged:
             self.schedules[scope].arrange(overlap=self.overlap)
         # Inner blocks come after those around them.
@@ -250,15 +250,15 @@ class Simulator:
 
     def _prepare(self, scope: int, segment: int) -> None:
         schedule, played = self.schedules[scope], self._played[scope]
-        inside = {p: self._inside(scope, p) for p in schedule.segments[segment] if p in schedule.inner}
+        inside = {s.op: self._inside(scope, s.op) for s in schedule.segments[segment] if s.inside}
         events = played.events[segment] = schedule.events(segment, self._ticks, inside)
         compute = comm = 0
         for event in events:
-            if isinstance(event, Run):
+            if type(event) is Run:
                 compute += event.ticks
-            elif isinstance(event, Issue):
+            elif type(event) is Issue:
                 comm += sum([hop.ticks for hop in event.hops])
-            elif isinstance(event, Inside):
+            elif type(event) is Inside:
                 compute, comm = compute + event.compute_ticks, comm + event.comm_ticks
         played.compute[segment], played.comm[segment] = compute, comm
 

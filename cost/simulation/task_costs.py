@@ -7,6 +7,7 @@ the same in any order: simulating a part again then gives exactly what simulatin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import itemgetter
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.region_costs import Splits, compute_seconds, halo_seconds
 from ffjax.cost.roofline import op_seconds
-from ffjax.cost.simulation.task_graph import Kinds, Read, Sum, TaskGraph
+from ffjax.cost.simulation.task_graph import Kinds, Read, Sum, TaskGraph, Touched
 from ffjax.ir.assignment import Assignment
 from ffjax.ir.halo import halos
 from ffjax.ir.layout import Layout
@@ -57,7 +58,7 @@ class TaskCosts:
         """The kernels of each region."""
         if tasks.kinds is None:
             tasks.kinds = _kinds(regions, self.own, tasks)
-        self._kinds = tasks.kinds
+        self.kinds = tasks.kinds
 
     def number(self, assignment: Assignment) -> int:
         """A small number that stands for an assignment in keys."""
@@ -76,7 +77,7 @@ class TaskCosts:
 
     def kernel_ticks(self, region: int, assignment: Assignment, number: int) -> tuple[int, ...]:
         """One trip of each of a region's ops that run kernels, in order."""
-        key = (self._kinds.kernels[region], number)
+        key = (self.kinds.kernels[region], number)
         found = self._kernels.get(key)
         if found is None:
             found = self._kernels[key] = self._price(region, assignment)
@@ -84,7 +85,7 @@ class TaskCosts:
 
     def copies(self, index: int, read: Read, numbers: Sequence[int], layout: Layout) -> tuple[Copy, ...]:
         """The copies that a read takes, and of each the collectives that no copy before it has made."""
-        key = (self._kinds.reads[index], self._kinds.read_regions[index](numbers))
+        key = (self.kinds.reads[index], self.kinds.read_regions[index](numbers))
         found = self._copies.get(key)
         if found is None:
             found = self._copies[key] = self._reshard(read, layout)
@@ -92,29 +93,49 @@ class TaskCosts:
 
     def sums(self, index: int, entry: Sum, numbers: Sequence[int], layout: Layout) -> tuple[Hop, ...]:
         """The collectives that sum an op's partial results."""
-        key = (self._kinds.sums[index], self._kinds.sum_regions[index](numbers))
+        key = (self.kinds.sums[index], self.kinds.sum_regions[index](numbers))
         found = self._sums.get(key)
         if found is None:
             found = self._sums[key] = self._reduce(entry, layout)
         return found
 
     def _price(self, region: int, assignment: Assignment) -> tuple[int, ...]:
-        own, device = self.own[region], self.model.cluster.device
+        device = self.model.cluster.device
+        distinct, which = self._distinct(region)
         splits = Splits(self.regions.regions[region], [assignment], self.model)
-        total = float(compute_seconds(own, splits, self.model)[0])
+        total = float(compute_seconds(distinct, splits, self.model)[0])
         total += float(halo_seconds(self.regions, self.regions.regions[region], [assignment], self.model)[0][0])
         shares = []
-        for k in own:
+        for k in distinct:
             traffic = sum(float(whole / splits.of_dims(dims)[0]) for dims, whole in k.traffic)
             flops = k.flops / float(splits.of(k.iteration)[0])
             dtype = k.dtype if k.matmul else "float32"
             shares.append(op_seconds(flops, traffic, dtype, device, matmul=k.matmul) + k.launches * device.kernel_s)
-        whole = sum(k.trips * s for k, s in zip(own, shares, strict=True))
+        whole = sum(k.trips * s for k, s in zip(distinct, shares, strict=True))
         scale = total / whole if whole else 0.0
         ticks: dict[int, int] = {}
-        for k, share in zip(own, shares, strict=True):
-            ticks[k.op] = ticks.get(k.op, 0) + round(share * scale * TICKS_PER_S)
+        for k, place in zip(self.own[region], which, strict=True):
+            ticks[k.op] = ticks.get(k.op, 0) + round(shares[place] * scale * TICKS_PER_S)
         return tuple(ticks.values())
+
+    def _distinct(self, region: int) -> tuple[list[Kernel], list[int]]:
+        """A region's kernels, those that do the same as one with all their trips; and for each kernel its place there.
+
+        A trunk that all layers hang on is one region, with as many kernels as there are layers, but few distinct ones.
+        """
+        kind = self.kinds.kernels[region]
+        found = self.kinds.distinct.get(kind)
+        if found is None:
+            places: dict[Hashable, int] = {}
+            own = self.own[region]
+            which = [places.setdefault(content, len(places)) for content in _contents(own)]
+            trips = [0.0] * len(places)
+            for k, place in zip(own, which, strict=True):
+                trips[place] += k.trips
+            first = {place: k for k, place in zip(reversed(own), reversed(which), strict=True)}
+            distinct = [dataclasses.replace(first[i], trips=t) for i, t in enumerate(trips)]
+            found = self.kinds.distinct[kind] = distinct, which
+        return found
 
     def _reshard(self, read: Read, layout: Layout) -> tuple[Copy, ...]:
         home, local = layout.home(read.value), layout.local_bytes(read.value)
@@ -186,41 +207,63 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
         return alike.setdefault(content, len(alike))
 
     sizes = [kind(r.sizes, r.solo) for r in regions.regions]
-    values, edges, ports = regions.graph.values, regions.edges, regions.ports
+    values, ops, edges, ports = regions.graph.values, regions.graph.ops, regions.edges, regions.ports
 
     def view(region: int, dims: Dims) -> tuple[int, Dims]:
         return sizes[region], dims
 
+    by_kernels = [
+        kind(sizes[r.id], _image_kind(regions, r.ops[0]) if r.solo else (), *_contents(ks))
+        for r, ks in zip(regions.regions, own, strict=True)
+    ]
+    reads = [
+        kind(
+            values[r.value].bytes,
+            values[r.value].shape,
+            regions.merged_copies[r.value],
+            view(r.regions[0], regions.home[r.value]),
+            *[view(edges[p].target, edges[p].target_dims) for p in r.ports],
+        )
+        for r in tasks.reads
+    ]
+    sums = [
+        kind(
+            tuple([(values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in ops[s.op].results]),
+            sizes[s.regions[0]],
+            _image_kind(regions, s.op),
+            ports[s.op].results,
+            ports[s.op].reduced,
+            *[(v, view(regions.region_of[op], ports[op].operands[i])) for v, op, i in s.readers],
+        )
+        for s in tasks.sums
+    ]
+    names: Sequence[Hashable] = range(len(regions.regions)) if tasks.families is None else tasks.families
+    touched: dict[Hashable, Touched] = {name: Touched() for name in names}
+
+    def grouped(
+        kinds: Sequence[int], of: Sequence[tuple[int, ...]], side: Callable[[Touched], list[int]]
+    ) -> list[list[int]]:
+        groups: dict[Hashable, list[int]] = {}
+        for index, (number, decided_by) in enumerate(zip(kinds, of, strict=True)):
+            families = tuple([names[r] for r in decided_by])
+            key = number, families
+            if key not in groups:
+                for family in set(families):
+                    side(touched[family]).append(len(groups))
+                groups[key] = []
+            groups[key].append(index)
+        return list(groups.values())
+
     return Kinds(
-        kernels=[
-            kind(sizes[r.id], _image_kind(regions, r.ops[0]) if r.solo else (), *_contents(ks))
-            for r, ks in zip(regions.regions, own, strict=True)
-        ],
-        reads=[
-            kind(
-                values[r.value].bytes,
-                values[r.value].shape,
-                regions.merged_copies[r.value],
-                view(r.regions[0], regions.home[r.value]),
-                *(view(edges[p].target, edges[p].target_dims) for p in r.ports),
-            )
-            for r in tasks.reads
-        ],
-        sums=[
-            kind(
-                tuple(
-                    (values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in regions.graph.ops[s.op].results
-                ),
-                sizes[s.regions[0]],
-                _image_kind(regions, s.op),
-                ports[s.op].results,
-                ports[s.op].reduced,
-                *((v, view(regions.region_of[op], ports[op].operands[i])) for v, op, i in s.readers),
-            )
-            for s in tasks.sums
-        ],
+        kernels=by_kernels,
+        reads=reads,
+        sums=sums,
         read_regions=[_getter(r.regions) for r in tasks.reads],
         sum_regions=[_getter(s.regions) for s in tasks.sums],
+        region_groups=grouped(by_kernels, [(r.id,) for r in regions.regions], lambda t: t.regions),
+        read_groups=grouped(reads, [r.regions for r in tasks.reads], lambda t: t.reads),
+        sum_groups=grouped(sums, [s.regions for s in tasks.sums], lambda t: t.sums),
+        touched=[touched[name] for name in names],
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ffjax.cost.fusion import fusible
 from ffjax.cost.kernels import Kernel
@@ -26,6 +27,8 @@ from ffjax.ir.regions import Regions
 
 START = -1
 BEFORE, DURING, AFTER = 0, 1, 2
+SEGMENT = 32
+"""Steps that are played together: simulating again takes up where a segment begins."""
 MOST_PREPARED = 8
 """Kernels that may be moved ahead together with one copy."""
 
@@ -47,14 +50,25 @@ class Inner:
     """For each time that the block around it runs."""
 
 
+class Step(NamedTuple):
+    """An op where kernels run, or the position of an inner block (`inside`)."""
+
+    op: int
+    deferred: tuple[int, ...]
+    """The kernels that are deferred to it."""
+    own: bool
+    """Whether it has a kernel of its own."""
+    inside: bool
+
+
 @dataclass(slots=True, kw_only=True)
 class Block:
-    """`steps`: ops where kernels run and positions of inner blocks, in order. `ports`: where copies may be read."""
+    """`segments`: its steps, in order, in parts that are played together. `ports`: where copies may be read."""
 
     scope: int
     first: int
     last: int = 0
-    steps: list[int] = field(default_factory=list)
+    segments: list[list[Step]] = field(default_factory=list)
     runs: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """For each step that is no inner block the ops whose kernels run there: those deferred to it, then its own."""
     inner: dict[int, Inner] = field(default_factory=dict)
@@ -108,6 +122,8 @@ class TaskGraph:
     """For each op with a kernel the step at which it runs."""
     block_of: list[int]
     """For each scope the block that it is part of: a rematerialised body is part of the block around it."""
+    families: Sequence[Hashable] | None = None
+    """For each region what it shares with those that have its assignment in all plans that are asked about."""
     kinds: Kinds | None = None
     """Of tasks that cost alike on any mesh; filled in when they are first priced."""
 
@@ -116,7 +132,8 @@ class TaskGraph:
 class Kinds:
     """Numbers that regions (by their kernels), reads and sums share whose costs are the same under like assignments.
 
-    `read_regions` and `sum_regions` pick from a list with an entry per region those of a read or a sum.
+    `read_regions` and `sum_regions` pick from a list with an entry per region those of a read or a sum. Groups are of
+    one kind whose regions are of one family each: what costs the same in all plans, and is looked at once in each.
     """
 
     kernels: list[int]
@@ -124,6 +141,22 @@ class Kinds:
     sums: list[int]
     read_regions: list[Callable[[Sequence[int]], Hashable]]
     sum_regions: list[Callable[[Sequence[int]], Hashable]]
+    distinct: dict[int, tuple[list[Kernel], list[int]]] = field(default_factory=dict)
+    """For a number of `kernels` the distinct ones, and for each kernel which of them it is."""
+    region_groups: list[list[int]]
+    read_groups: list[list[int]]
+    sum_groups: list[list[int]]
+    touched: list[Touched]
+    """For each region."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Touched:
+    """The groups of regions, reads and sums that the assignment of one family decides on; regions of one share it."""
+
+    regions: list[int] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,8 +167,10 @@ class _Lead:
     chain: tuple[int, ...] = ()
 
 
-def build_task_graph(regions: Regions, kernels: Sequence[Kernel]) -> TaskGraph:
-    """Finds blocks, reads, sums, and who waits for them, in one pass over the ops."""
+def build_task_graph(
+    regions: Regions, kernels: Sequence[Kernel], families: Sequence[Hashable] | None = None
+) -> TaskGraph:
+    """Finds blocks, reads, sums, and who waits for them, in one pass over the ops. `families`: as in `TaskGraph`."""
     graph = regions.graph
     block_of: list[int] = []
     for scope in graph.scopes:
@@ -144,7 +179,9 @@ def build_task_graph(regions: Regions, kernels: Sequence[Kernel]) -> TaskGraph:
     port_of = {(edge.op, edge.operand): port for port, edge in enumerate(regions.edges)}
     for port, edge in enumerate(regions.edges):
         blocks[block_of[graph.ops[edge.op].scope]].ports.append(port)
-    return _Walk(regions, blocks, block_of, port_of, {k.op for k in kernels}).run()
+    tasks = _Walk(regions, blocks, block_of, port_of, {k.op for k in kernels}).run()
+    tasks.families = families
+    return tasks
 
 
 def _blocks(graph: Graph, block_of: list[int]) -> dict[int, Block]:
@@ -167,6 +204,15 @@ def _blocks(graph: Graph, block_of: list[int]) -> dict[int, Block]:
             around = blocks[block_of[outer.id]]
             around.inner[inner.position] = inner
     return dict(sorted(blocks.items()))
+
+
+def _segments(block: Block) -> list[list[Step]]:
+    steps = []
+    for op in sorted({*block.runs, *block.inner}):
+        kernels = block.runs.get(op, ())
+        own = op in kernels[-1:]
+        steps.append(Step(op, kernels[:-1] if own else kernels, own, op in block.inner))
+    return [steps[i : i + SEGMENT] for i in range(0, len(steps), SEGMENT)] or [[]]
 
 
 class _Walk:
@@ -223,7 +269,7 @@ class _Walk:
             step = self.step_of.setdefault(kernel, block.last)  # what nobody reads runs at the end
             block.runs[step] = (*block.runs.get(step, ()), kernel)
         for block in self.blocks.values():
-            block.steps = sorted({*block.runs, *block.inner})
+            block.segments = _segments(block)
         return TaskGraph(
             blocks=self.blocks,
             reads=self.reads(),

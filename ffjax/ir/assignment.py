@@ -23,6 +23,17 @@ class Assignment:
     atoms: tuple[int, ...]
     scatter: tuple[int, ...]
 
+    def cut(self, pieces: Sequence[int]) -> Assignment:
+        """The same sharding on a mesh that has, in place of each axis, so many that it is the product of.
+
+        >>> Assignment((4, UNUSED), (0, UNUSED)).cut((2, 1))
+        Assignment(atoms=(4, 4, -1), scatter=(0, 0, -1))
+        """
+        return Assignment(
+            tuple(a for a, n in zip(self.atoms, pieces, strict=True) for _ in range(n)),
+            tuple(d for d, n in zip(self.scatter, pieces, strict=True) for _ in range(n)),
+        )
+
     def axes(self, atom: int, mesh: MeshShape) -> tuple[str, ...]:
         return tuple(name for name, a in zip(mesh.axes, self.atoms, strict=True) if a == atom)
 
@@ -36,12 +47,18 @@ def spec_of(dims: Dims, sizes: Sequence[int], assignment: Assignment, mesh: Mesh
 
     In a dimension of several factors a minor one can be split only where the major ones are split wholly.
     """
+    by_atom: dict[int, tuple[str, ...]] = {}
+    for name, atom in zip(mesh.axes, assignment.atoms, strict=True):
+        by_atom[atom] = (*by_atom.get(atom, ()), name)
     spec = []
     for dim in dims:
+        if len(dim) == 1:
+            spec.append(by_atom.get(dim[0], ()))
+            continue
         axes: tuple[str, ...] = ()
         whole = True
         for atom in dim:
-            here = assignment.axes(atom, mesh)
+            here = by_atom.get(atom, ())
             if here and not whole:
                 return None
             whole = whole and mesh.size(here) == sizes[atom]

@@ -122,3 +122,21 @@ def divides(shape: tuple[int, ...], spec: Spec, mesh: MeshShape) -> bool:
 def format_spec(spec: Spec) -> str:
     """`((), ("x", "y"))` as `(-, x*y)`."""
     return "(" + ", ".join("*".join(dim) if dim else "-" for dim in spec) + ")"
+
+
+def parts_of(mesh: MeshShape, finer: MeshShape) -> tuple[int, ...] | None:
+    """For each axis of a mesh how many axes of a finer one, in order, it is the product of; None if it is no such mesh.
+
+    >>> parts_of(MeshShape(("x", "y"), (8, 8)), MeshShape(("x", "y", "z"), (8, 4, 2)))
+    (1, 2)
+    """
+    rest = list(finer.sizes)
+    parts = []
+    for size in mesh.sizes:
+        product, count = 1, 0
+        while product < size and rest:
+            product, count = product * rest.pop(0), count + 1
+        if product != size or not count:
+            return None
+        parts.append(count)
+    return None if rest else tuple(parts)

@@ -35,6 +35,8 @@ GAP = 1e-3
 """The share of the optimum within which a solution counts as proved."""
 _WAYS = 256
 """Kept after each decision."""
+_MOST_KEYS = 2**62
+"""Shardings of a boundary that one whole number tells apart."""
 _SWEEPS = 30
 """Of the ascent, each time."""
 
@@ -179,16 +181,21 @@ class _Frontier:
                 total = total + shared.unseen(chosen)
         order = np.argsort(total, kind="stable")
         order = order[: np.searchsorted(total[order], self.limit_s)]
-        key = np.zeros(len(way), np.int64)
+        way, candidate, total = way[order], candidate[order], total[order]
+        key, keys = np.zeros(len(way), np.int64), 1
         for near in boundary:
-            _, key = np.unique(key * len(self.theta[near]) + chosen(near), return_inverse=True)
-        _, first = np.unique(key[order], return_index=True)
-        order = order[np.sort(first)]
-        if len(order) > self.most:
-            self.dropped_s = min(self.dropped_s, float(total[order[self.most]]))
-            order = order[: self.most]
-        self.chosen, self.below_s = self.chosen[way[order]], total[order]
-        self.chosen[:, node] = candidate[order]
+            if keys > _MOST_KEYS // len(self.theta[near]):
+                _, key = np.unique(key, return_inverse=True)
+                keys = len(key)
+            key = key * len(self.theta[near]) + chosen(near)
+            keys *= len(self.theta[near])
+        _, first = np.unique(key, return_index=True)
+        first.sort()
+        if len(first) > self.most:
+            self.dropped_s = min(self.dropped_s, float(total[first[self.most]]))
+            first = first[: self.most]
+        self.chosen, self.below_s = self.chosen[way[first]], total[first]
+        self.chosen[:, node] = candidate[first]
 
 
 @dataclass(slots=True)

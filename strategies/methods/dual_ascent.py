@@ -5,9 +5,9 @@ through messages. Any messages give a bound:
 
     sum over nodes min_c theta[n][c]  +  sum over pairs min_{r,j} slack[p][r, j]   <=   the optimum
 
-Passing along the nodes in order and back, each node takes what its pairs can spare and spreads it over those to come
-(sequential reweighted message passing: Kolmogorov, IEEE TPAMI 37, 2015); the bound never falls. A resharding that
-several readers share is paid once: its seconds are divided among them, and what one cannot use goes to the others.
+Passing along the nodes in order and back (`passes`), each node takes what its pairs can spare and spreads it over those
+to come (sequential reweighted message passing: Kolmogorov, IEEE TPAMI 37, 2015); the bound never falls. A resharding
+that several readers share is paid once: its seconds are divided among them, and what one cannot use goes to the others.
 Messages stay valid when costs change, so the next problem of the same shape starts where the last one ended.
 """
 
@@ -19,30 +19,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ffjax.strategies.methods.passes import Passes, Side
 from ffjax.strategies.problem import Problem, Totals, Transfer, forbidden_seconds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MOST_SWEEPS = 60
+MOST_SWEEPS = 120
 """Passes there and back."""
-_PATIENCE = 4
+_PATIENCE = 10
 _STALLED = 0.05
 """So many passes that together close less than this share of the gap end the ascent."""
 _EPSILON = 1e-15
-
-
-class _Groups:
-    """The least over the candidates that share an index (a row or a column of a transfer)."""
-
-    __slots__ = ("_order", "_starts")
-
-    def __init__(self, index: Ints, count: int) -> None:
-        self._order = np.argsort(index, kind="stable")
-        self._starts = np.searchsorted(index[self._order], np.arange(count))
-
-    def least(self, values: Floats) -> Floats:
-        return np.minimum.reduceat(values[self._order], self._starts)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,8 +44,6 @@ class Pair:
     column_of: Ints
     columns: Ints
     """Those of the transfer's columns that this reader can need."""
-    rows: _Groups
-    cols: _Groups
     portion: Floats
     """Of a resharding's seconds, at first."""
     share: Floats
@@ -94,22 +80,40 @@ class Ascent:
         self.bound_s = -np.inf
         # What must not be is dearer than all that may be: infinities would leave no slack to pass on.
         self._forbidden_s = forbidden_seconds(problem)
-        self.theta = [n.cost_s.copy() for n in problem.nodes]
-        self.pairs: list[Pair] = []
+        sizes = [len(n.candidates) for n in problem.nodes]
+        self._theta = np.concatenate([np.zeros(0), *(n.cost_s for n in problem.nodes)])
+        self._starts = np.cumsum([0, *sizes])[:-1]
+        self.theta = [self._theta[a : a + n] for a, n in zip(self._starts.tolist(), sizes, strict=True)]
         self.alone: list[Alone] = []
-        self._shared: list[tuple[int, list[Pair]]] = []
-        at: list[list[Pair]] = [[] for _ in problem.nodes]
-        for index, transfer in enumerate(problem.transfers):
-            pairs = self._add(index, transfer)
-            for pair in pairs:
-                at[pair.source].append(pair)
-                at[pair.target].append(pair)
-            self.pairs += pairs
-            if len(pairs) > 1:
-                self._shared.append((index, pairs))
-        nodes = range(len(problem.nodes))
-        self._before = [[p for p in at[n] if min(p.source, p.target) < n] for n in nodes]
-        self._after = [[p for p in at[n] if max(p.source, p.target) > n] for n in nodes]
+        by_transfer = [self._add(index, transfer) for index, transfer in enumerate(problem.transfers)]
+        shared = [pair for pairs in by_transfer if len(pairs) > 1 for pair in pairs]
+        self.pairs = shared + [pair for pairs in by_transfer if len(pairs) == 1 for pair in pairs]
+        # All tables in one array, those of transfers with several readers first.
+        self._slack = np.concatenate([np.zeros(0), *(p.slack.ravel() for p in self.pairs)])
+        self._tables = np.cumsum([0, *(p.slack.size for p in self.pairs)])
+        sides: list[Side] = []
+        for pair, start in zip(self.pairs, self._tables.tolist(), strict=False):
+            rows, columns = pair.slack.shape
+            pair.slack = self._slack[start : start + rows * columns].reshape(rows, columns)
+            of_rows, of_columns = (rows, columns), (columns, 1)
+            for node, far, index_of, own, other in (
+                (pair.source, pair.target, pair.row_of, of_rows, of_columns),
+                (pair.target, pair.source, pair.column_of, of_columns, of_rows),
+            ):
+                sides.append(
+                    Side(
+                        node=node,
+                        far=far,
+                        index_of=index_of,
+                        start=start,
+                        count=own[0],
+                        stride=own[1],
+                        far_count=other[0],
+                        far_stride=other[1],
+                    )
+                )
+        self._passes = Passes(self._theta, sizes, self._slack, sides)
+        self._sharing = _Sharing(problem, shared) if shared else None
 
     def _add(self, index: int, transfer: Transfer) -> list[Pair]:
         """The readers of a transfer, those that are its source apart."""
@@ -147,11 +151,9 @@ class Ascent:
                     row_of=transfer.row_of,
                     column_of=column_of,
                     columns=columns,
-                    rows=_Groups(transfer.row_of, len(seconds)),
-                    cols=_Groups(column_of, len(columns)),
                     portion=portion,
                     share=share,
-                    slack=share.copy(),
+                    slack=share,
                 )
             )
         return pairs
@@ -176,7 +178,7 @@ class Ascent:
             kept = pair.share * (new_s / np.where(old_s > 0, old_s, 1.0))
             share = np.where(old_s > 0, kept, new_s * pair.portion)
             pair.slack += share - pair.share
-            pair.share = share
+            pair.share[...] = share
         self.problem, self._totals = problem, Totals(problem)
         self.best_s = np.inf if self.best is None else self._totals.of(self.best)
         self.bound_s = self._bound()
@@ -192,8 +194,9 @@ class Ascent:
         history: list[float] = []
         for _ in range(sweeps):
             for forward in (True, False):
-                self.offer(self._pass(forward))
-            self._share_again()
+                self.take_turns(forward=forward)
+            if self._sharing is not None:
+                self._sharing.again(self._slack)
             self.bound_s = max(self._bound(), self.bound_s if history else -np.inf)
             open_s = self.best_s - self.bound_s
             if np.isfinite(open_s) and open_s <= gap * abs(self.best_s):
@@ -202,83 +205,64 @@ class Ascent:
             if len(history) > _PATIENCE and history[-1] > (1 - _STALLED) * history[-1 - _PATIENCE]:
                 return
 
+    def take_turns(self, *, forward: bool) -> None:
+        """One pass over the nodes; what it meets on its way is offered."""
+        self.offer(self._passes.run(forward=forward))
+
     def survivors(self, below_s: float) -> list[list[int]]:
         """For each node the candidates that some choice of less than `below_s` may take; all others none takes."""
         return [np.flatnonzero(least < below_s).tolist() for least in self.least_with()]
 
     def least_with(self) -> list[Floats]:
         """For each node and candidate what no choice that takes it can be below."""
-        found = []
         base = self._bound()
-        for node, theta in enumerate(self.theta):
-            least = base + theta - theta.min()
-            for pair in self._before[node] + self._after[node]:
-                low = pair.slack.min()
-                if pair.source == node:
-                    least = least + (pair.slack.min(axis=1) - low)[pair.row_of]
-                else:
-                    least = least + (pair.slack.min(axis=0) - low)[pair.column_of]
-            found.append(least)
+        found = [base + theta - theta.min() for theta in self.theta]
+        for pair in self.pairs:
+            low = pair.slack.min()
+            found[pair.source] += (pair.slack.min(axis=1) - low)[pair.row_of]
+            found[pair.target] += (pair.slack.min(axis=0) - low)[pair.column_of]
         return found
 
-    def _pass(self, forward: bool) -> list[int]:
-        """One pass over the nodes; returns the choice that it meets on its way."""
-        choice = [0] * len(self.theta)
-        nodes = range(len(self.theta))
-        for node in nodes if forward else reversed(nodes):
-            done, coming = self._before[node], self._after[node]
-            if not forward:
-                done, coming = coming, done
-            theta = self.theta[node]
-            cost = np.zeros(len(theta))
-            for pair in done:
-                if pair.source == node:
-                    spare = np.minimum.reduce(pair.slack, axis=1)
-                    pair.slack -= spare[:, None]
-                    theta += spare[pair.row_of]
-                    cost += pair.slack[:, pair.column_of[choice[pair.target]]][pair.row_of]
-                else:
-                    spare = np.minimum.reduce(pair.slack, axis=0)
-                    pair.slack -= spare
-                    theta += spare[pair.column_of]
-                    cost += pair.slack[pair.row_of[choice[pair.source]]][pair.column_of]
-            choice[node] = int((theta + cost).argmin())
-            if not coming:
-                continue
-            part = theta / max(len(done), len(coming))
-            for pair in coming:
-                if pair.source == node:
-                    message = pair.rows.least(part)
-                    pair.slack += message[:, None]
-                    theta -= message[pair.row_of]
-                else:
-                    message = pair.cols.least(part)
-                    pair.slack += message
-                    theta -= message[pair.column_of]
-        return choice
-
-    def _share_again(self) -> None:
-        """Readers of one transfer give up what of their shares they cannot use; those that lack get it."""
-        for index, pairs in self._shared:
-            shape = self.problem.transfers[index].seconds.shape
-            spare_of = []
-            spare, short, readers = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-            for pair in pairs:
-                mine = np.minimum(pair.share, pair.slack - np.minimum.reduce(pair.slack, axis=None))
-                spare_of.append(mine)
-                spare[:, pair.columns] += mine
-                short[:, pair.columns] += mine <= _EPSILON
-                readers[:, pair.columns] += 1
-            for pair, mine in zip(pairs, spare_of, strict=True):
-                total, lacking = spare[:, pair.columns], short[:, pair.columns]
-                given = np.where(mine <= _EPSILON, total / np.maximum(lacking, 1), 0.0)
-                change = np.where(lacking > 0, given, total / readers[:, pair.columns]) - mine
-                pair.share = pair.share + change
-                pair.slack += change
-
     def _bound(self) -> float:
-        nodes = sum(float(np.minimum.reduce(t)) for t in self.theta)
-        return nodes + sum(float(np.minimum.reduce(p.slack, axis=None)) for p in self.pairs)
+        bound_s = float(np.minimum.reduceat(self._theta, self._starts).sum()) if len(self._theta) else 0.0
+        if len(self._slack):
+            bound_s += float(np.minimum.reduceat(self._slack, self._tables[:-1]).sum())
+        return bound_s
 
     def finite(self, seconds: Floats) -> Floats:
         return np.where(np.isfinite(seconds), seconds, self._forbidden_s)
+
+
+class _Sharing:
+    """How the seconds of transfers are divided among several readers. `pairs`: theirs, whose slack comes first."""
+
+    def __init__(self, problem: Problem, pairs: Sequence[Pair]) -> None:
+        sizes = [p.share.size for p in pairs]
+        self._starts = np.cumsum([0, *sizes])[:-1]
+        self._pair_of = np.repeat(np.arange(len(pairs)), sizes)
+        self._share = np.concatenate([p.share.ravel() for p in pairs])
+        for pair, start, size in zip(pairs, self._starts.tolist(), sizes, strict=True):
+            pair.share = self._share[start : start + size].reshape(pair.share.shape)
+        # The cell of a transfer that each cell of a pair is a share of.
+        first, cells = dict[int, int](), []
+        self._count = 0
+        for pair in pairs:
+            rows, columns = problem.transfers[pair.transfer].seconds.shape
+            if pair.transfer not in first:
+                first[pair.transfer] = self._count
+                self._count += rows * columns
+            cells.append((first[pair.transfer] + np.arange(rows)[:, None] * columns + pair.columns).ravel())
+        self._cell = np.concatenate(cells)
+        self._readers = np.bincount(self._cell, minlength=self._count)[self._cell]
+
+    def again(self, slack: Floats) -> None:
+        """Readers of one transfer give up what of their shares they cannot use; those that lack get it."""
+        own = slack[: len(self._share)]
+        mine = np.minimum(self._share, own - np.minimum.reduceat(own, self._starts)[self._pair_of])
+        lacks = mine <= _EPSILON
+        total = np.bincount(self._cell, mine, self._count)[self._cell]
+        lacking = np.bincount(self._cell, lacks, self._count)[self._cell]
+        given = np.where(lacks, total / np.maximum(lacking, 1), 0.0)
+        change = np.where(lacking > 0, given, total / self._readers) - mine
+        self._share += change
+        own += change

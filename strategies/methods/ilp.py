@@ -80,8 +80,14 @@ class Exact:
         )
 
 
-def solve(problem: Problem, *, time_limit_s: float = 60.0, gap: float = 1e-4) -> Solution | None:
-    """The best choice of candidates that is found in the time, or None."""
+def solve(
+    problem: Problem, *, time_limit_s: float = math.inf, most_nodes: int | None = None, gap: float = 1e-4
+) -> Solution | None:
+    """The best choice of candidates that is found within the limits, or None.
+
+    With a limit on time the answer may depend on what else the machine does; with one on the branch-and-bound tree's
+    nodes (`most_nodes`) it does not.
+    """
     began = time.perf_counter()
     costs: list[float] = []
     integral: list[bool] = []
@@ -138,6 +144,8 @@ def solve(problem: Problem, *, time_limit_s: float = 60.0, gap: float = 1e-4) ->
     highs.passModel(lp)
     highs.setOptionValue("mip_rel_gap", gap)
     highs.setOptionValue("time_limit", float(time_limit_s))
+    if most_nodes is not None:
+        highs.setOptionValue("mip_max_nodes", most_nodes)
     highs.setOptionValue("random_seed", 0)
     highs.run()
     status = highs.getModelStatus()

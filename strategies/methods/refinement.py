@@ -20,8 +20,8 @@ from ffjax.strategies.methods.dual_ascent import Ascent
 from ffjax.strategies.methods.moves import Moves
 from ffjax.strategies.problem import Problem, assignments
 
-_LEAST, _MOST = 16, 200
-_OPS = 400_000
+_LEAST, _MOST = 16, 400
+_OPS = 800_000
 """Proposals: so many ops are simulated in all, within limits. A longer program takes longer to simulate."""
 _DOUBTFUL = 0.02
 """Candidates that would cost the sum a share of the step as large as this are drawn 1/e times as often as the best."""

@@ -18,7 +18,8 @@ from ffjax.strategies.problem import Problem, restrict
 
 _EXACT_CELLS = 60_000
 """Resharding variables up to which what is left in doubt is solved as an integer linear program."""
-_TIME_LIMIT_S = 20.0
+_MOST_NODES = 100
+"""Of its branch-and-bound tree: most need one. A limit on seconds would make plans depend on the machine's load."""
 
 
 class Solver:
@@ -70,7 +71,7 @@ class Solver:
                 left = restrict(problem, kept)
                 if sum(t.seconds.size * len(t.consumers) for t in left.transfers) <= _EXACT_CELLS:
                     status = "integer linear program"
-                    found = solve(left, gap=gap / 2, time_limit_s=_TIME_LIMIT_S)
+                    found = solve(left, gap=gap / 2, most_nodes=_MOST_NODES)
                     if found is not None:
                         ascent.offer([own[c] for own, c in zip(kept, found.choice, strict=True)])
                         bound_s = max(bound_s, min(found.bound_s, enough_s))
