@@ -70,9 +70,12 @@ class _Runner:
     closures: tuple[jax.Array, ...]
     accepted: list[object]
     """For each argument the sharding object that it last came with: the step's own results share theirs."""
+    donates: bool
 
     def place(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """The arguments where the plan wants them."""
+        if self.donates:
+            leaves = apart(leaves)
         placed = []
         for i, leaf in enumerate(leaves):
             given = getattr(leaf, "sharding", None)
@@ -213,6 +216,7 @@ class Sharded:
                 shardings=shardings[len(closures) :],
                 closures=tuple(place(x, s) for x, s in zip(closures, shardings, strict=False)),
                 accepted=[None] * len(shardings[len(closures) :]),
+                donates=any(layout.graph.program.donated),
             )
         return entry.runner
 
@@ -270,6 +274,21 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
         return array
     placed: jax.Array = jax.device_put(array, sharding)
     return placed
+
+
+def apart(leaves: Sequence[Any]) -> Sequence[Any]:
+    """The leaves, with a copy of each array that comes again: a process that donates one buffer twice crashes.
+
+    A target network that starts as the network itself is such a case.
+    """
+    if len({id(leaf) for leaf in leaves}) == len(leaves):
+        return leaves
+    seen: set[int] = set()
+    found = []
+    for leaf in leaves:
+        found.append(leaf.copy() if isinstance(leaf, jax.Array) and id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return found
 
 
 def _leaves(call: nnx.Call) -> tuple[list[Any], Any]:
