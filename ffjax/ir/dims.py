@@ -7,7 +7,7 @@ searches over exactly these).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from ffjax.ir.compose import Factors
@@ -65,16 +65,15 @@ def _batch(regions: Regions, of: list[tuple[frozenset[int], ...]]) -> frozenset[
             state.add(front)
         elif shape:
             votes.setdefault(graph.program.args[index].root, Counter())[front] += 1
-    shares: Counter[frozenset[int]] = Counter()
+    shares: defaultdict[frozenset[int], float] = defaultdict(float)
     for own in votes.values():
-        for dim, count in own.items():
-            shares[dim] += count / own.total()
-    del shares[frozenset()]
+        for dim in own.keys() - {frozenset()}:
+            shares[dim] += own[dim] / own.total()
 
     def rank(dim: frozenset[int]) -> tuple[float, ...]:
         return uses.products(dim), shares[dim], -uses.sums(dim), -min(dim)
 
-    found = max(shares, key=rank, default=frozenset[int]())
+    found = max(list(shares), key=rank, default=frozenset[int]())
     inside = max((dim for dim in state if dim and not uses.sums(dim)), key=rank, default=frozenset[int]())
     return inside if uses.products(inside) > uses.products(found) else found
 

@@ -108,6 +108,14 @@ def trace(
             closed = jax.jit(flat_fn).trace(*avals).jaxpr
     except (TypeError, jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise TraceError(_untraceable(fn_name, error, paths)) from error
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise TraceError(
+            f"{fn_name} uses an axis that only pmap, vmap or shard_map around it would have: {error} Remedy: write the "
+            "step as for one device, without psum and pmean: the batch is split, and what that leaves apart added up, "
+            "by the plan."
+        ) from error
     if len(closed.jaxpr.invars) != len(avals) or any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         # JAX itself says so only when it lowers the program.
         raise TraceError(
