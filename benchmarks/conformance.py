@@ -24,8 +24,9 @@ NOTES = (
     "Each idiom is planned by the search on one mesh and runs; it is planned by a named strategy on another, too (and "
     "runs with `--full`; `-` where it did not). `numbers`: three steps (one where there is no state) give the results, "
     "state and metrics of the unsharded step, each within the tolerance of its dtype. `collectives`: kinds, mesh axes "
-    "and bytes are those that were planned; `fewer` where the compiler computes once what the program computes twice, "
-    "or makes one of two all-to-alls in a row. `warned`: what of, if at all.",
+    "and bytes are those that were planned, one by one; `fewer` where some of them are not left, because the compiler "
+    "computes once what the program computes twice, or makes one of two all-to-alls in a row. `warned`: what of, if at "
+    "all.",
 )
 
 

@@ -50,6 +50,21 @@ def place(array: Any, sharding: NamedSharding, *, alias: bool = True) -> jax.Arr
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index].astype(dtype, copy=False))
 
 
+def apart(leaves: Sequence[Any]) -> Sequence[Any]:
+    """The leaves, with a copy of each array that comes again: a process that donates one buffer twice crashes.
+
+    A target network that starts as the network itself is such a case.
+    """
+    if len({id(leaf) for leaf in leaves}) == len(leaves):
+        return leaves
+    seen: set[int] = set()
+    found = []
+    for leaf in leaves:
+        found.append(leaf.copy() if isinstance(leaf, jax.Array) and id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return found
+
+
 def move(array: jax.Array, sharding: NamedSharding, *, alias: bool = True) -> jax.Array:
     """A `jax.Array` in another sharding, over the same devices or others; see `place`."""
     if is_extended(array.dtype):

@@ -25,7 +25,7 @@ from ffjax.ir.compat import no_mesh
 from ffjax.ir.trace import Program, function_name
 from ffjax.kept import as_planned, devices_of
 from ffjax.options import StepOptions
-from ffjax.placing import place
+from ffjax.placing import apart, place
 from ffjax.plan import Plan
 from ffjax.plan_cache import cached_plan
 from ffjax.planner import bind_program, plan_program
@@ -54,9 +54,12 @@ class _Runner:
     closures: tuple[jax.Array, ...]
     accepted: list[object]
     """For each argument the sharding object that it last came with: the step's own results share theirs."""
+    donates: bool
 
     def place(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """The arguments where the plan wants them."""
+        if self.donates:
+            leaves = apart(leaves)
         placed = []
         for i, leaf in enumerate(leaves):
             given = getattr(leaf, "sharding", None)
@@ -268,6 +271,7 @@ class Sharded:
                 shardings=places.shardings,
                 closures=tuple(place(x, s) for x, s in closures),
                 accepted=[None] * len(places.shardings),
+                donates=any(layout.graph.program.donated),
             )
         return entry.runner
 

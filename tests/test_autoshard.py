@@ -191,6 +191,21 @@ def test_donated_state_is_gone_after_the_step() -> None:
     assert_same_numerics(second, jax.jit(step)(jax.jit(step)(state(), batch())[0], batch())[0])
 
 
+def test_an_array_that_comes_twice_can_be_donated() -> None:
+    """A target network that starts as the network itself; donating one buffer twice used to end the process."""
+
+    def follow(nets: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
+        online = nets["online"] - 0.1 * x.T @ (x @ nets["online"])
+        return {"online": online, "target": 0.9 * nets["target"] + 0.1 * online}
+
+    weights, x = jnp.ones((32, 8)), batch()
+    expected = follow({"online": weights, "target": weights}, x)
+    for strategy in ("data_parallel", "fsdp"):
+        sharded = ffjax.autoshard(follow, mesh=MESH, strategy=strategy, donate_argnums=0)
+        shared = jnp.ones((32, 8))
+        assert_same_numerics(sharded({"online": shared, "target": shared}, x), expected)
+
+
 def test_state_that_is_not_donated_stays() -> None:
     sharded = ffjax.autoshard(step, mesh=MESH)
     first, _ = sharded(state(), batch())

@@ -185,6 +185,10 @@ UNTRACEABLE: dict[str, tuple[Callable[..., object], str]] = {
     "numpy": (lambda state, batch: np.asarray(batch["x"]), "TracerArray.*'batch/x'.*jnp for np"),
     "float": (lambda state, batch: float(batch["y"].sum()), "Concretization.*'batch/y'"),
     "range": (lambda state, batch: [0 for _ in range(state["step"])], "TracerInteger.*'state/step'.*static_argnums"),
+    "a mean over devices": (
+        lambda state, batch: jax.lax.pmean(batch["x"], "batch"),
+        "unbound axis name: batch.*without psum and pmean",
+    ),
     "a leaked value": (_leaves_a_tracer([]), "another traced function left behind.*return such values"),
     "a result that is no array": (lambda state, batch: "done", "type <class 'str'>"),
     "wrong number of arguments": (lambda state: state, "takes 1 positional argument but 2"),

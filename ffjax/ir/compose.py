@@ -224,11 +224,13 @@ class Factors:
 class Composition:
     """Ops joined along the values that they share, named by any hashable id."""
 
-    __slots__ = ("_instances", "factors", "values")
+    __slots__ = ("_sums", "factors", "values")
 
     def __init__(self) -> None:
         self.factors = Factors()
         self.values: dict[Hashable, Dims] = {}
+        self._sums: list[tuple[int, int]] = []
+        """Atoms that ops reduce over, and how many elements each of these sums has."""
 
     def declare(self, value: Hashable, shape: Sequence[int], kind: int = PASS_THROUGH) -> None:
         """A value with a factor of its own for each dimension, for instance an argument."""
@@ -246,14 +248,30 @@ class Composition:
             if a or b:
                 self.factors.unify(a, b)
 
-    def add(self, rule: OpShardingRule, operands: Sequence[Hashable], results: Sequence[Hashable]) -> None:
-        """Joins one op; an operand id of None stands for a value that nobody else uses, such as a constant."""
+    def add(
+        self, rule: OpShardingRule, operands: Sequence[Hashable], results: Sequence[Hashable], *, elements: int = 0
+    ) -> None:
+        """Joins one op; an operand id of None stands for a value that nobody else uses, such as a constant.
+
+        `elements` of its first result are remembered for what it reduces over; see `sums`.
+        """
         inputs, outputs = self.factors.instantiate(rule)
         for value, dims in zip(operands, inputs, strict=True):
             if value is not None:
                 self.bind(value, dims)
         for value, dims in zip(results, outputs, strict=True):
             self.bind(value, dims)
+        if rule.reduction:
+            summed = {a for dims in inputs for dim in dims for a in dim if self.factors.kind(a) & REDUCTION}
+            self._sums += [(atom, elements) for atom in summed]
+
+    def sums(self) -> dict[int, set[int]]:
+        """How many elements the sums over each leaf have; call `settle` first."""
+        found: dict[int, set[int]] = {}
+        for atom, elements in self._sums:
+            for leaf in self.factors.leaves((atom,)):
+                found.setdefault(leaf, set()).add(elements)
+        return found
 
     def settle(self) -> None:
         """Marks every factor that indexes one value twice: no mesh axis can split both of its dimensions."""

@@ -7,10 +7,11 @@ searches over exactly these).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from ffjax.ir.compose import Factors
+from ffjax.ir.op_kinds import BORDERS, PRODUCTS
 from ffjax.ir.regions import Regions
 
 
@@ -40,21 +41,69 @@ def named_dims(regions: Regions) -> NamedDims:
 
 
 def _batch(regions: Regions, of: list[tuple[frozenset[int], ...]]) -> frozenset[int]:
-    """The dimension that most of the step's data has in front.
+    """The dimension that the step's data has in front.
 
-    Data are the arguments that the step does not replace. In front is the first dimension that can be split: a
-    leading one that a scan walks over (time, microbatches) cannot.
+    Data are the arguments that the step does not replace. In front is the first dimension that an op can split: a
+    leading one that a scan walks over (time, microbatches) cannot be, nor the words of a random key. Weights are among
+    such arguments where the step only reads them (evaluation, generation, adapters): the batch takes part in more
+    products than any of their dimensions, the arrays of one argument agree on it, and fewer products sum over it. Where
+    the data is replaced, too (tokens and their caches), the batch takes part in more products than what is left, and
+    none sums over it.
     """
     graph = regions.graph
     tied = {arg for arg, _ in graph.program.ties}
-    closures = len(graph.program.closures)
-    votes: Counter[frozenset[int]] = Counter()
-    for index, op in enumerate(graph.arguments[closures:]):
-        region = regions.regions[regions.region_of[op]]
-        dims = regions.ports[op].results[0]
-        if index in tied or not dims:
-            continue
-        front = next((d for d in dims if d and all(region.can_split(a) for a in d)), None)
-        if front is not None:
-            votes[of[region.id][front[0]]] += 1
-    return max(votes, key=lambda dim: (votes[dim], -min(dim)), default=frozenset())
+    uses = _Uses(regions, of)
+    votes: dict[str, Counter[frozenset[int]]] = {}
+    state: set[frozenset[int]] = set()
+    for index, op in enumerate(graph.arguments[len(graph.program.closures) :]):
+        names = of[regions.region_of[op]]
+        shape = graph.values[graph.ops[op].results[0]].shape
+        dims = zip(regions.ports[op].results[0], shape, strict=True)
+        first = next((d for d, size in dims if size == 1 or all(names[atom] <= uses.split for atom in d)), ())
+        front = names[first[0]] if first else frozenset[int]()
+        if index in tied:
+            state.add(front)
+        elif shape:
+            votes.setdefault(graph.program.args[index].root, Counter())[front] += 1
+    shares: defaultdict[frozenset[int], float] = defaultdict(float)
+    for own in votes.values():
+        for dim in own.keys() - {frozenset()}:
+            shares[dim] += own[dim] / own.total()
+
+    def rank(dim: frozenset[int]) -> tuple[float, ...]:
+        return uses.products(dim), shares[dim], -uses.sums(dim), -min(dim)
+
+    found = max(list(shares), key=rank, default=frozenset[int]())
+    inside = max((dim for dim in state if dim and not uses.sums(dim)), key=rank, default=frozenset[int]())
+    return inside if uses.products(inside) > uses.products(found) else found
+
+
+class _Uses:
+    """What ops do with named dimensions: which can be split, which products have, and which they sum over."""
+
+    def __init__(self, regions: Regions, of: list[tuple[frozenset[int], ...]]) -> None:
+        self.split: set[int] = set()
+        self._products: Counter[int] = Counter()
+        self._sums: Counter[int] = Counter()
+        for region in regions.regions:
+            names = of[region.id]
+            inside: set[int] = set()
+            for op, dims in zip(region.ops, region.dims, strict=True):
+                kind = regions.graph.ops[op].kind
+                if kind in BORDERS:
+                    continue
+                results = {atom for value in dims.results for dim in value for atom in dim}
+                reduced = {*dims.reduced, *dims.pending}
+                inside |= results.union(reduced, *(dim for value in dims.operands for dim in value))
+                if kind in PRODUCTS:
+                    self._products.update({name for atom in results | reduced for name in names[atom]})
+                    self._sums.update({name for atom in reduced for name in names[atom]})
+            self.split.update(name for atom in inside if region.can_split(atom) for name in names[atom])
+
+    def products(self, dim: frozenset[int]) -> int:
+        """How many products a dimension, or a factor of it, takes part in."""
+        return max((self._products[name] for name in dim), default=0)
+
+    def sums(self, dim: frozenset[int]) -> int:
+        """How many of them sum over it."""
+        return max((self._sums[name] for name in dim), default=0)

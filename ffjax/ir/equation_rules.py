@@ -9,6 +9,7 @@ not for this module: whoever walks the program handles them.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from jax.extend.mlir import ir
 
 from ffjax.errors import FfjaxWarning
 from ffjax.ir import compat
-from ffjax.ir.compose import OPAQUE, Composition, Dims
+from ffjax.ir.compose import NEED_REPLICATION, OPAQUE, Composition, Dims
 from ffjax.ir.extra_rules import adjust, extra_rule, whole
 from ffjax.ir.rules import OpShardingRule
 from ffjax.ir.shardy import RuleReader
@@ -122,7 +123,7 @@ def _lowered_rules(eqns: Sequence[JaxprEqn]) -> list[_Found]:
             results[i] = ("constant", i)
             composition.declare(results[i], reader.functions["main"].result_shapes[i])
     composition.settle()
-    values, factors = composition.values, composition.factors
+    values, factors, sums = composition.values, composition.factors, composition.sums()
     sources = iter(range(len(reader.functions["main"].arguments)))
     targets = iter(results)
     found = []
@@ -130,6 +131,11 @@ def _lowered_rules(eqns: Sequence[JaxprEqn]) -> list[_Found]:
         operands = [_logical(values["main", next(sources)], v) for v in eqn.invars]
         outputs = [_logical(values[next(targets)], v) for v in eqn.outvars]
         leaves = factors.leaves(atom for dims in (*operands, *outputs) for dim in dims for atom in dim)
+        sizes = {math.prod(compat.shape_of(v)) for v in eqn.outvars}
+        for leaf in leaves:
+            # Partial sums of an inner array are added up there, and what that moves is not what the result would.
+            if not sums.get(leaf, sizes) <= sizes:
+                factors.mark(leaf, NEED_REPLICATION)
         if any(factors.kind(leaf) & OPAQUE for leaf in leaves):
             found.append(_Found(rule=whole(eqn), unknown="it lowers to an op that Shardy has none for"))
         else:

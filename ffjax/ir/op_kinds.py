@@ -62,6 +62,10 @@ WORK = frozenset(
 )
 """Ops that are never joined with their neighbours, because resharding next to them can pay."""
 
+BORDERS = frozenset({"argument", "result", "enter", "exit"})
+"""Not ops of the program: where values enter and leave it and its bodies."""
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"})
+
 
 def is_reduction(op: Op) -> bool:
     return _reduces(op.kind)

@@ -8,6 +8,7 @@ walked into. What remains, loops above all, is opaque here: every dimension need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -95,7 +96,7 @@ class RuleReader:
             results = [(call, v) for v in op.results]
             ids.update(zip(op.results, results, strict=True))
             if op.rule is not None:
-                into.add(op.rule, operands, results)
+                into.add(op.rule, operands, results, elements=math.prod(function.shapes[op.results[0]]))
                 continue
             for result, v in zip(results, op.results, strict=True):
                 into.declare(result, function.shapes[v], NEED_REPLICATION | OPAQUE)

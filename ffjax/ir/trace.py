@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -130,6 +131,14 @@ def trace(
             "out_sharding= and jax.sharding.reshard, which the plan replaces; what must stay can be a "
             "jax.lax.with_sharding_constraint."
         ) from error
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise TraceError(
+            f"{fn_name} uses an axis that only pmap, vmap or shard_map around it would have: {error} Remedy: write the "
+            "step as for one device, without psum and pmean: the batch is split, and what that leaves apart added up, "
+            "by the plan."
+        ) from error
     if len(closed.jaxpr.invars) != len(avals) or any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         # JAX itself says so only when it lowers the program.
         raise TraceError(
@@ -229,9 +238,14 @@ def find_ties(args: Sequence[Leaf], results: Sequence[Leaf], donated: set[str]) 
 
     An element of the result replaces the argument with which it shares most leaves (same path inside,
     same shape and dtype); a step that returns its arguments in order is the tie-break. A leaf that
-    differs (a counter that changes type, a field that appears) is simply not paired.
+    differs (a counter that changes type, a field that appears) is simply not paired. A result that is a
+    tuple or list may be one argument itself (a list of layers, a named tuple), where that pairs more.
     """
+    whole = [dataclasses.replace(leaf, root="") for leaf in results]
+    return max(_ties(args, results, donated), _ties(args, whole, donated), key=len)
 
+
+def _ties(args: Sequence[Leaf], results: Sequence[Leaf], donated: set[str]) -> tuple[tuple[int, int], ...]:
     def inside(leaf: Leaf, root: str) -> str:
         return leaf.path[len(root) :].lstrip("/") if leaf.path.startswith(root) else leaf.path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -591,3 +591,37 @@ def narrow_types() -> Case:
         return small, wide, four, four.astype(jnp.float32) @ y, x.astype(jnp.float16).sum(0), jnp.frexp(x)[1]
 
     return Case(step=step, args=(values(16, 16), values(16, 16, seed=1)))
+
+
+@idiom()
+def sparse_products() -> Case:
+    """They lower to a gather, a product and a scatter, of which the gather sums up rows that are no result."""
+    from jax.experimental import sparse
+
+    matrix = sparse.BCOO.fromdense(jnp.where(values(16, 16) > 0.5, values(16, 16), 0.0))
+
+    def step(w: Array, matrix: sparse.BCOO, x: Array) -> tuple[Array, Array]:
+        return descend(w, lambda w: ((matrix @ (x @ w)) ** 2).mean())
+
+    return Case(step=step, args=(weights(8, 4), matrix, values(16, 8)), carries=0)
+
+
+@idiom()
+def target_network_that_starts_as_the_network() -> Case:
+    """The same arrays twice in a donated state, which is a named tuple and the whole result."""
+
+    class Networks(NamedTuple):
+        online: Any
+        target: Any
+
+    def step(nets: Networks, x: Array) -> Networks:
+        def loss(w: Any) -> Array:
+            return (
+                (jnp.tanh(x @ w[0]) @ w[1] - jax.lax.stop_gradient(jnp.tanh(x @ nets.target[0])[:, :8])) ** 2
+            ).mean()
+
+        online = jax.tree.map(lambda w, g: w - 0.1 * g, nets.online, jax.grad(loss)(nets.online))
+        return Networks(online, jax.tree.map(lambda t, w: 0.9 * t + 0.1 * w, nets.target, online))
+
+    shared = [weights(16, 32), weights(32, 8)]
+    return Case(step=step, args=(Networks(shared, shared), values(16, 16)), carries=0, donate_argnums=(0,))
