@@ -134,7 +134,7 @@ def as_arrays(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def has_objects(tree: Any) -> bool:
-    """Whether any NNX object is in a pytree."""
+    """Whether any NNX object is in a pytree. An `nnx.State`, which is split off them, is plain."""
     flax = sys.modules.get("flax.nnx")
     if flax is None:
         return False
@@ -145,7 +145,7 @@ def has_objects(tree: Any) -> bool:
     def look(node: Any) -> bool:
         if isinstance(node, kinds):
             found.append(True)
-        return bool(found)
+        return bool(found) or isinstance(node, flax.State)
 
     jax.tree.leaves(tree, is_leaf=look)
     return bool(found)

@@ -17,21 +17,25 @@ from conformance.optimizers import EPS
 
 class Block(nnx.Module):
     def __init__(self, features: int, rngs: nnx.Rngs, rate: float = 0.1) -> None:
-        self.norm = nnx.LayerNorm(features, rngs=rngs)
-        self.up = nnx.Linear(features, 2 * features, rngs=rngs)
+        wide = {"param_dtype": jnp.result_type(float), "rngs": rngs}
+        self.norm = nnx.LayerNorm(features, **wide)
+        self.up = nnx.Linear(features, 2 * features, **wide)
         self.dropout = nnx.Dropout(rate, rngs=rngs)
-        self.down = nnx.Linear(2 * features, features, rngs=rngs)
+        self.down = nnx.Linear(2 * features, features, **wide)
 
     def __call__(self, x: Array) -> Array:
         return x + self.down(self.dropout(nnx.gelu(self.up(self.norm(x)))))
 
 
 class Classifier(nnx.Module):
+    """In doubles where a row has them: of what a batch norm takes out of gradients, floats leave but rounding."""
+
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(3, 16, (3, 3), rngs=rngs)
-        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        wide = {"param_dtype": jnp.result_type(float), "rngs": rngs}
+        self.conv = nnx.Conv(3, 16, (3, 3), use_bias=False, **wide)
+        self.norm = nnx.BatchNorm(16, **wide)
         self.block = Block(16, rngs)
-        self.head = nnx.Linear(16, 8, rngs=rngs)
+        self.head = nnx.Linear(16, 8, **wide)
 
     def __call__(self, x: Array) -> Array:
         x = nnx.relu(self.norm(self.conv(x)))
@@ -39,7 +43,7 @@ class Classifier(nnx.Module):
 
 
 def images() -> dict[str, Array]:
-    return {"image": values(16, 8, 8, 3), "label": tokens(16, vocabulary=8)}
+    return {"image": values(16, 8, 8, 3, dtype=jnp.result_type(float)), "label": tokens(16, vocabulary=8)}
 
 
 def loss_fn(model: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
@@ -47,7 +51,7 @@ def loss_fn(model: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), logits
 
 
-@idiom()
+@idiom(x64=True)
 def nnx_train_step_with_metrics() -> Case:
     def step(model: Any, optimizer: Any, metrics: Any, batch: Any) -> None:
         (loss, logits), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, batch)
@@ -74,7 +78,7 @@ def nnx_frozen_by_a_filter() -> Case:
     return Case(step=step, args=(model, nnx.Optimizer(model, optax.sgd(0.1), wrt=only_head), images()))
 
 
-@idiom()
+@idiom(x64=True)
 def nnx_functional_state() -> Case:
     """`nnx.split` and `nnx.merge` by the user: a step of plain pytrees."""
     model = Classifier(nnx.Rngs(0))

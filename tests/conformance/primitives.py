@@ -131,7 +131,7 @@ def attention_and_einsum() -> Case:
             mask = (jnp.arange(16) < lengths[:, None])[:, None, None]
             h += jax.nn.dot_product_attention(q, k, v, mask=mask, local_window_size=(4, 4))
             out = jnp.einsum("bthk,hkd->btd", h, params["o"])
-            return (out**2 * jax.nn.one_hot(lengths, 16)[:, :, None]).sum()
+            return (out**2 * jax.nn.one_hot(lengths, 16)[:, :, None]).mean()
 
         return descend(params, loss)
 
@@ -252,7 +252,7 @@ def integers_and_booleans() -> Case:
     return Case(step=step, args=(values(16, 8, dtype="int32"), values(16, 16) > 0))
 
 
-@idiom()
+@idiom(compare_as="float16")  # what rounds to another eighth bit after a sum in another order moves all that follows
 def eight_bit_dots() -> Case:
     """Quantization-aware training: int8 and fp8 with scales, gradients straight through."""
 
