@@ -16,10 +16,12 @@ from ffjax.ir.compat import AS_WRITTEN
 from ffjax.pins import Pins
 from ffjax.plan import Plan
 from ffjax.remat import check_remat
+from ffjax.strategies.base import all_strategies
 from ffjax.strategies.search import Progress
 from ffjax.strategies.session import AUTO
 
 NEVER, FINALISTS = "never", "finalists"
+_PLAIN = ("memory", "strategy", "mesh", "pins", "verify", "remat", "keep_shardings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,12 @@ class SearchOptions:
     def key(self, cluster: Cluster) -> str:
         """A text that is equal for options that lead to the same plan on this cluster."""
         priced = (dataclasses.replace(cluster, profile=None), cluster.profile and cluster.profile.digest)
-        asked = (self.memory, self.strategy, self.mesh, self.pins, self.verify, self.remat, self.keep_shardings)
-        return repr((*priced, *asked))
+        asked = [getattr(self, name) for name in _PLAIN]
+        return repr((*priced, *asked, self.competing()))
+
+    def competing(self) -> tuple[str, ...]:
+        """The strategies that a search tries beside its own plans."""
+        return tuple(strategy.name for strategy in all_strategies()) if self.strategy == AUTO else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +75,8 @@ class StepOptions:
             "cluster": "the local one" if search.cluster is None else digest(search.cluster),
             "devices=": "all" if self.devices is None else str([device.id for device in self.devices]),
             "plan=": "none" if self.plan is None else digest(self.plan.to_json()),
-            **{name: str(getattr(search, name)) for name in ("memory", "strategy", "mesh", "pins", "verify", "remat")},
+            "registered strategies": ", ".join(search.competing()),
+            **{name: str(getattr(search, name)) for name in _PLAIN},
         }
 
     def check(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -354,3 +355,16 @@ def test_inside_a_transformation_it_says_what_to_transform() -> None:
         with pytest.raises(ffjax.errors.TraceError, match="inside jax.jit.*Remedy: transform the function"):
             jax.jit(decorated)(state(), batch())
         decorated(state(), batch())
+
+
+def test_a_plan_of_the_cache_is_searched_again_where_a_strategy_was_added(tmp_path: Path) -> None:
+    def plans() -> int:
+        ffjax.autoshard(step, cache=tmp_path).plan(state(), batch())
+        return len(list(tmp_path.iterdir()))
+
+    assert plans() == plans() == 1
+    ffjax.strategies.register(ffjax.strategies.Strategy(name="of_no_use", roles=lambda mesh: None))
+    try:
+        assert plans() == 2
+    finally:
+        ffjax.strategies.unregister("of_no_use")
