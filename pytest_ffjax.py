@@ -6,7 +6,7 @@
     pytest --ffjax-update-plans     # ffjax.testing.assert_plan_matches writes its files
 
 pytest loads it wherever ffjax is installed. So it does nothing before a suite asks for something, and lies outside the
-package, because `import ffjax` imports JAX.
+package, because `import ffjax` imports JAX. (PYTEST_DONT_REWRITE: it may be imported before pytest looks at it.)
 """
 
 from __future__ import annotations

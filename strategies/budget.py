@@ -17,7 +17,7 @@ from ffjax.cost.merged_remat import MERGED
 from ffjax.ir.assignment import UNUSED, spec_of
 from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.layout import Layout
-from ffjax.ir.regions import Dims
+from ffjax.ir.regions import Dims, Edge
 from ffjax.ir.spec import shard_count
 from ffjax.strategies.methods.base import Solution
 from ffjax.strategies.problem import Problem, assignments
@@ -112,7 +112,7 @@ def instant(problem: Problem, times: Lifetimes, at: int, surely: NDArray[np.int6
     _add_sums(problem, times, taken, at, node_bytes)
     _add_edges(problem, times, taken, at, node_bytes)
     reads = _reads(problem, times)
-    now = [e for e in regions.edges if times.when[e.op] == at and times.graph.ops[e.op].kind != MERGED]
+    now = [e for e in regions.edges if times.graph.ops[e.op].kind != MERGED and _needed(times, e)[0] == at]
     gathered = {(e.value, graph.ops[e.op].scope) for e in now}
     copy_bytes: dict[int, NDArray[np.float64]] = {}
     for index, transfer in enumerate(problem.transfers):
@@ -135,11 +135,16 @@ def _reads(problem: Problem, times: Lifetimes) -> dict[tuple[int, int], dict[tup
             continue
         ports = reads.setdefault((edge.value, graph.ops[edge.op].scope), {})
         port = problem.node_of[edge.target], edge.target_dims
-        when, until = int(times.when[edge.op]), int(times.until[edge.op])
-        when = min(when, times.copies.get((edge.value, edge.op), (when, when))[0])
+        when, until = _needed(times, edge)
         first, last = ports.get(port, (when, until))
         ports[port] = min(first, when), max(last, until)
     return reads
+
+
+def _needed(times: Lifetimes, edge: Edge) -> tuple[int, int]:
+    """From when to when a reader needs its copy of a value."""
+    when = int(times.when[edge.op])
+    return min(when, times.copies.get((edge.value, edge.op), (when, when))[0]), int(times.until[edge.op])
 
 
 def _is_read(ports: Mapping[tuple[int, Dims], tuple[int, int]], at: int, *, every: bool) -> bool:

@@ -124,8 +124,8 @@ def test_what_does_not_fit_once_compiled_is_out(compiled: Callable[[Compiled], N
 def test_where_none_fits_less_memory_is_asked_for(compiled: Callable[[Compiled], None]) -> None:
     """As if the compiler needed half as much again as predicted."""
     compiled(lambda plan: (plan.estimate.step_s, 1.5 * plan.estimate.peak_bytes))
-    free = settled(batch=2048).estimate.peak_bytes
-    plan = settled(batch=2048, memory=1.2 * free)
+    free = settled(batch=4096).estimate.peak_bytes
+    plan = settled(batch=4096, memory=1.2 * free)
     assert plan.estimate.peak_bytes * 1.5 <= 1.2 * free
 
 
