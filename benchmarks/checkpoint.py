@@ -20,7 +20,7 @@ from ffjax.testing import fake_devices
 PLANS = {
     "data_parallel 8": {"strategy": "data_parallel", "mesh": {"x": 8}},
     "fsdp 8": {"strategy": "fsdp", "mesh": {"x": 8}},
-    "tensor_parallel 4x2": {"strategy": "fsdp+tensor_parallel", "mesh": {"x": 4, "y": 2}},
+    "fsdp+tensor_parallel 4x2": {"strategy": "fsdp+tensor_parallel", "mesh": {"x": 4, "y": 2}},
     "found, on 4 of the devices": {"devices": slice(4, 8)},
 }
 EXAMPLES = {
