@@ -44,7 +44,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         h = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(h, h, mask=mask)
+        x = x + nn.MultiHeadDotProductAttention(self.heads, use_bias=False)(h, h, mask=mask)
         h = nn.gelu(nn.Dense(2 * self.features)(nn.LayerNorm()(x)))
         return x + nn.Dense(self.features)(h)
 
