@@ -25,8 +25,7 @@ NOTES = (
     "runs with `--full`; `-` where it did not). `numbers`: three steps (one where there is no state) give the results, "
     "state and metrics of the unsharded step, each within the tolerance of its dtype. `collectives`: kinds, mesh axes "
     "and bytes are those that were planned, one by one; `fewer` where some of them are not left, because the compiler "
-    "computes once what the program computes twice, or makes one of two all-to-alls in a row. `warned`: what of, if at "
-    "all.",
+    "computes once what the program computes twice. `warned`: what of, if at all.",
 )
 
 

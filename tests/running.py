@@ -76,13 +76,10 @@ def unsharded(case: Case) -> Any:
 
 
 def counted(found: Iterable[CountedCollective | PlannedCollective]) -> Counter[tuple[str, tuple[str, ...], float]]:
-    """How often each is there. An all-to-all over several axes counts as one over each: two in a row become it."""
     total: Counter[tuple[str, tuple[str, ...], float]] = Counter()
     for c in found:
         if not getattr(c, "user", False):
-            kind, axes = c.collective.kind, c.collective.axes
-            for own in [(axis,) for axis in axes] if kind == "all_to_all" else [axes]:
-                total[kind, own, c.collective.bytes] += c.count
+            total[c.collective.kind, c.collective.axes, c.collective.bytes] += c.count
     return total
 
 

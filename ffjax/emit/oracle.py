@@ -51,6 +51,8 @@ _AXES_ATTRIBUTE = {
     "sdy.all_to_all": "params",
 }
 _MESH = re.compile(r"<@(\w+)")
+_ALL_TO_ALL = re.compile(r"\{([^}]*)\}: *\d+ *-> *\d+")
+"""The axes of one of an all-to-all's pairs of dimensions."""
 _AXIS = re.compile(r'"([^"]+)"(?::\((\d+)\)(\d+))?')
 
 Layout: TypeAlias = list[list[Part]]
@@ -142,7 +144,8 @@ class _Reader:
 
     def op(self, op: ir.Operation, count: float) -> None:
         if op.name in _SDY:
-            self.add(self.resharding(op), op, count, user=False)
+            for one in self.resharding(op):
+                self.add(one, op, count, user=False)
         elif op.name in _STABLEHLO:
             self.add(self.user_collective(op), op, count, user=True)
         elif op.name == "func.call":
@@ -155,24 +158,26 @@ class _Reader:
     def add(self, one: Collective, op: ir.Operation, count: float, *, user: bool) -> None:
         self.found.append(CountedCollective(collective=one, count=count, source=_source(op), user=user))
 
-    def resharding(self, op: ir.Operation) -> Collective:
+    def resharding(self, op: ir.Operation) -> list[Collective]:
+        """What the compiler makes of one: an all-to-all for each pair of dimensions, where Shardy fuses several."""
         sharding = sdy.TensorShardingAttr(op.attributes["out_sharding"])
         mesh = self.mesh_of(sharding)
         layout = self.layout(sharding, mesh)
         size = _local_bytes(op.results[0], layout)
         kind = _SDY[op.name]
         if op.name == "sdy.collective_permute":
-            names = moved_axes(self.layout_of(op.operands[0], mesh), layout)
+            moved = [moved_axes(self.layout_of(op.operands[0], mesh), layout)]
         else:
             text = str(op.attributes[_AXES_ATTRIBUTE[op.name]])
-            names = {name for name, _, _ in _AXIS.findall(text)}
+            each = _ALL_TO_ALL.findall(text) if op.name == "sdy.all_to_all" else [text]
+            moved = [{name for name, _, _ in _AXIS.findall(one)} for one in each]
             if op.name == "sdy.reduce_scatter":
                 scattered = [_parts(dim, mesh) for dim in re.findall(r"\{([^}]*)\}", text)]
                 size *= math.prod(p.size for dim in scattered for p in dim)
                 if sum(bool(dim) for dim in scattered) > 1:
                     # The compiler forms none that slices several dimensions: an all-reduce and slices remain.
                     kind = "all_reduce"
-        return Collective(kind, tuple(a for a in mesh.axes if a in names), size)
+        return [Collective(kind, tuple(a for a in mesh.axes if a in names), size) for names in moved]
 
     def user_collective(self, op: ir.Operation) -> Collective:
         kind = _STABLEHLO[op.name]

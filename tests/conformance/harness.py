@@ -24,7 +24,7 @@ from ffjax.testing import assert_same_numerics
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from programs import Case
-from running import bytes_by_kind, counted, eager_cluster, results_of, unsharded
+from running import counted, eager_cluster, results_of, unsharded
 
 MESHES = (MeshShape(("x",), (8,)), MeshShape(("x", "y"), (4, 2)))
 STRATEGIES = ("auto", "data_parallel", "fsdp", "tensor_parallel")
@@ -50,8 +50,7 @@ class Outcome:
     """Each is `yes`, or what went wrong; `-` where an earlier one did, or it was not asked for.
 
     `collectives` is `fewer` where every collective was planned, in kind, mesh axes and bytes, but not every planned one
-    is left: the compiler computes once what the program computes twice. Of two all-to-alls in a row it makes one, which
-    is like neither, so of these only the bytes may not be more than planned.
+    is left: the compiler computes once what the program computes twice.
     """
 
     plan: str = "-"
@@ -113,11 +112,9 @@ def _check(row: Idiom, strategy: str, mesh: MeshShape, run: bool) -> Outcome:
     try:
         lowered = plan.lower(jax.devices()[: mesh.devices])
         planned, emitted = list(plan.bound.collectives()), explicit_collectives(lowered)
-        surplus = counted(emitted) - counted(planned)
-        more = bytes_by_kind(emitted) - bytes_by_kind(planned) or any(kind != "all_to_all" for kind, *_ in surplus)
-        same = counted(planned) == counted(emitted)
-        wrong = f"planned {counted(planned) - counted(emitted)}, emitted {counted(emitted) - counted(planned)}"
-        outcome.collectives = "yes" if same else wrong if more else "fewer"
+        missing, surplus = counted(planned) - counted(emitted), counted(emitted) - counted(planned)
+        wrong = f"planned {missing}, emitted {surplus}"
+        outcome.collectives = wrong if surplus else "fewer" if missing else "yes"
     except Exception as error:
         outcome.collectives = _said(error)
     if not run:
