@@ -53,6 +53,7 @@ _AXES_ATTRIBUTE = {
 _MESH = re.compile(r"<@(\w+)")
 _ALL_TO_ALL = re.compile(r"\{([^}]*)\}: *\d+ *-> *\d+")
 """The axes of one of an all-to-all's pairs of dimensions."""
+_AXIS_NAME = re.compile(r'name = "([^"]+)"')
 _AXIS = re.compile(r'"([^"]+)"(?::\((\d+)\)(\d+))?')
 
 Layout: TypeAlias = list[list[Part]]
@@ -189,8 +190,10 @@ class _Reader:
         if kind == "collective_permute":
             pairs = np.array(ir.DenseIntElementsAttr(op.attributes["source_target_pairs"])).tolist()
             return Collective(kind, axes_of_pairs(pairs, mesh), size)
-        groups = np.array(ir.DenseIntElementsAttr(op.attributes["replica_groups"])).tolist()
-        return Collective(kind, axes_of_groups(groups, mesh), size)
+        groups = op.attributes["replica_groups"]
+        if not isinstance(groups, ir.DenseIntElementsAttr):  # named axes, since jax 0.11
+            return Collective(kind, tuple(_AXIS_NAME.findall(str(groups))), size)
+        return Collective(kind, axes_of_groups(np.array(groups).tolist(), mesh), size)
 
     # -- shardings of values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +217,28 @@ def bind(eqn: core.JaxprEqn, operands: Sequence[jax.Array], params: dict[str, ob
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*subfuns, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of a `scan`'s operands are constants, and how many after them are carried from trip to trip."""
+    if "ft_in" not in params:  # before jax 0.11
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def with_scan_body(params: Mapping[str, Any], body: core.ClosedJaxpr, constants: int) -> dict[str, Any]:
+    """A `scan`'s parameters with another body, which takes so many further constants before all other operands."""
+    changed = {**params, "jaxpr": body}
+    if "ft_in" in params:
+        from jax._src import flattree  # type: ignore[attr-defined]
+
+        consts, carry, xs = params["ft_in"].unpack()
+        changed["ft_in"] = flattree.pack((flattree.nones(constants + len(consts)), carry, xs))
+    else:  # before jax 0.11
+        changed["num_consts"] += constants
+        changed["linear"] = (False,) * constants + tuple(params["linear"])
+    return changed
 
 
 def shape_of(var: core.Var | core.Literal) -> tuple[int, ...]:

@@ -261,7 +261,7 @@ class _Builder:
         trips = self.graph.scopes[outer].trips * eqn.params["length"]
         scope = self.scope(parent=outer, kind="scan", trips=trips)
         self.graph.scopes_of[id(eqn)] = [scope]
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carries = compat.scan_counts(eqn.params)
         enters = [
             self.enter(eqn, self.read(atom), var, scope, stacked=i >= consts + carries)
             for i, (atom, var) in enumerate(zip(eqn.invars, jaxpr.invars, strict=True))

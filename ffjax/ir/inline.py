@@ -35,6 +35,7 @@ from ffjax.ir.compat import (
     struct_of,
     unordered,
     with_equations,
+    with_scan_body,
 )
 
 Atom = Var | Literal
@@ -45,6 +46,7 @@ _CALLS = {
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
+    "eval_jaxpr": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
@@ -202,10 +204,7 @@ class _Body:
         match eqn.primitive.name:
             case "scan":
                 jaxpr, extra["jaxpr"] = flat(params["jaxpr"])
-                params["jaxpr"] = ClosedJaxpr(jaxpr, ())
-                params["num_consts"] += len(extra["jaxpr"])
-                if "linear" in params:
-                    params["linear"] = (False,) * len(extra["jaxpr"]) + tuple(params["linear"])
+                params = with_scan_body(params, ClosedJaxpr(jaxpr, ()), len(extra["jaxpr"]))
             case "while":
                 for part in ("cond", "body"):
                     jaxpr, extra[part] = flat(params[f"{part}_jaxpr"])

@@ -172,13 +172,16 @@ def read_rule(attribute: ir.Attribute) -> OpShardingRule:
         dims = sdy.TensorMappingAttr(mapping).dim_mappings
         return tuple(tuple(sdy.DimMappingAttr(dim).factor_indices) for dim in dims)
 
+    results = tuple(value(m) for m in rule.result_mappings)
+    permuted = frozenset(rule.permutation_factors)
+    kept = permuted & {f for result in results for dim in result for f in dim}  # a window's is not, since jax 0.11
     return OpShardingRule(
         operands=tuple(value(m) for m in rule.operand_mappings),
-        results=tuple(value(m) for m in rule.result_mappings),
+        results=results,
         sizes=tuple(rule.factor_sizes),
         reduction=frozenset(rule.reduction_factors),
-        need_replication=frozenset(rule.need_replication_factors),
-        permutation=frozenset(rule.permutation_factors),
+        need_replication=frozenset(rule.need_replication_factors) | (permuted - kept),
+        permutation=kept,
     )
 
 
