@@ -219,6 +219,14 @@ def bind(eqn: core.JaxprEqn, operands: Sequence[jax.Array], params: dict[str, ob
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def expansion(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """The program that an equation of JAX's higher level stands for (since jax 0.11); None for all others."""
+    if eqn.primitive.name != "call_hi_primitive":
+        return None
+    lower: Callable[..., object] = eqn.primitive.to_lojax
+    return jax.make_jaxpr(lambda *args: lower(*args, **eqn.params))(*map(struct_of, eqn.invars))
+
+
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """How many of a `scan`'s operands are constants, and how many after them are carried from trip to trip."""
     if "ft_in" not in params:  # before jax 0.11

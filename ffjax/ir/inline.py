@@ -28,6 +28,7 @@ from ffjax.ir.compat import (
     constraint,
     constraint_of,
     eliminate_dead_code,
+    expansion,
     is_extended,
     placed,
     shape_of,
@@ -145,6 +146,8 @@ class _Body:
                 operands = self.constrained(eqn, "in_shardings", operands)
                 results = self.call(eqn, eqn.params[_CALLS[name]], operands)
                 results = self.constrained(eqn, "out_shardings", results)
+            elif (body := expansion(eqn)) is not None:
+                results = self.call(eqn, body, operands)
             elif name == "custom_linear_solve":
                 # As it lowers: the solver, on its own constants and the right-hand sides.
                 counts = eqn.params["const_lengths"]
