@@ -26,6 +26,8 @@ class CollectiveTotal:
     count: float
     bytes: float
     seconds: float
+    user: bool = field(default=False, metadata={"optional": True})
+    """Whether the program itself spells them out, inside `shard_map`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +76,9 @@ def estimate(
         for source, seconds in (*times.by_source(own, splits).items(), ("counted", members[name] * copied_s)):
             compute_s += float(seconds[0])
             sources[source] = sources.get(source, 0.0) + float(seconds[0])
-    totals: dict[tuple[CollectiveKind, tuple[str, ...]], list[float]] = {}
+    totals: dict[tuple[CollectiveKind, tuple[str, ...], bool], list[float]] = {}
     for planned in layout.collectives():
-        entry = totals.setdefault((planned.collective.kind, planned.collective.axes), [0.0, 0.0, 0.0])
+        entry = totals.setdefault((planned.collective.kind, planned.collective.axes, planned.user), [0.0, 0.0, 0.0])
         entry[0] += planned.count
         entry[1] += planned.count * planned.collective.bytes
         seconds_ = planned.count * model.seconds(planned.collective, merged=planned.merged)
@@ -91,8 +93,8 @@ def estimate(
         exposed_comm_s=comm_s if simulated is None else simulated.exposed_comm_s,
         peak_bytes=peak.bytes,
         collectives=tuple(
-            CollectiveTotal(kind=kind, axes=axes, count=count, bytes=size, seconds=seconds)
-            for (kind, axes), (count, size, seconds) in sorted(totals.items(), key=lambda e: -e[1][2])
+            CollectiveTotal(kind=kind, axes=axes, count=count, bytes=size, seconds=seconds, user=user)
+            for (kind, axes, user), (count, size, seconds) in sorted(totals.items(), key=lambda e: -e[1][2])
         ),
         largest=peak.live,
         sources=_shares(sources),

@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ffjax.cost.fusion import BORDERS, FREE, Fusions, find_fusions
+from ffjax.cost.manual import body_tasks
 from ffjax.cost.moved_kernels import Move, moves
 from ffjax.cost.work import ELEMENTWISE, Work, work_of
 from ffjax.ir import compat
+from ffjax.ir.compat import JaxprEqn
 from ffjax.ir.graph import NO_VALUE, Graph, Op
+from ffjax.ir.manual import NAME as SHARD_MAP
 from ffjax.ir.regions import Dims, OpDims, Region, Regions
 
 Key = TypeVar("Key", bound=Hashable)
@@ -76,6 +79,9 @@ def kernels(regions: Regions) -> list[Kernel]:
             op = graph.ops[op_id]
             if op.kind in BORDERS or op.kind in FREE:
                 continue
+            if op.kind == SHARD_MAP and op.eqn is not None:
+                made += _by_hand(regions, op, op.eqn)
+                continue
             inside = fusions.fused[op_id]
             if inside and all(graph.values[v].constant for v in op.results):
                 continue
@@ -110,6 +116,24 @@ def kernels(regions: Regions) -> list[Kernel]:
     runs = {k.op for k in made}
     made += [_moving(regions, move) for move in moves(graph, fusions) if move.port[0] in runs]
     return sorted(made, key=lambda k: k.op)
+
+
+def _by_hand(regions: Regions, op: Op, eqn: JaxprEqn) -> list[Kernel]:
+    """Those of a region of the user's, whose arrays are pieces already."""
+    return [
+        Kernel(
+            op=op.id,
+            region=regions.region_of[op.id],
+            trips=task.trips * regions.graph.scopes[op.scope].trips,
+            flops=task.flops,
+            matmul=task.matmul,
+            dtype=task.dtype,
+            launches=1,
+            traffic=(((), task.bytes),),
+            iteration=(),
+        )
+        for task in body_tasks(eqn)
+    ]
 
 
 def _moving(regions: Regions, move: Move) -> Kernel:

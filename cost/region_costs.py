@@ -21,6 +21,7 @@ from ffjax.cost.op_times import op_times
 from ffjax.cost.roofline import op_seconds
 from ffjax.ir.assignment import UNUSED, Assignment, spec_of
 from ffjax.ir.halo import exchanges, halos
+from ffjax.ir.layout import own_collectives
 from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.spec import shard_count
 
@@ -142,3 +143,12 @@ def halo_seconds(
             copied[index] = trips * (op_seconds(0.0, 2 * local, "float32", device, matmul=False) + device.kernel_s)
             permuted[index] = trips * sum(model.seconds(one) for one in sent)
     return copied, permuted
+
+
+def own_seconds(regions: Regions, region: Region, model: CollectiveModel) -> float:
+    """The seconds of the collectives that a region spells out, in one step; 0 for others than the user's regions."""
+    if not region.solo:
+        return 0.0
+    op = regions.graph.ops[region.ops[0]]
+    trips = regions.graph.scopes[op.scope].trips
+    return trips * sum(often * model.seconds(one) for one, often in own_collectives(op, model.mesh))

@@ -38,7 +38,14 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     ]
     lines += table(
         [
-            (c.kind, "*".join(c.axes), f"{c.count:g} x", bytes_text(c.bytes), seconds_text(c.seconds))
+            (
+                c.kind,
+                "*".join(c.axes),
+                f"{c.count:g} x",
+                bytes_text(c.bytes),
+                seconds_text(c.seconds),
+                "the step's own" * c.user,
+            )
             for c in figures.collectives[:limit]
         ],
         empty="none",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from ffjax.by_hand import mesh_by_hand
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import FfjaxWarning, PlanError
 from ffjax.ir import compat
@@ -71,10 +72,11 @@ def what_stays(program: Program, options: SearchOptions, devices: int) -> Kept:
             "anew with keep_shardings=False or a mesh=."
         )
     else:
+        by_hand = mesh_by_hand(program, devices)
         own = [m for m in map(mesh_shape, program.constraints) if m.devices == devices]
         if not meshes and not own:
             return Kept()
-        mesh = (meshes + own)[0]
+        mesh = (meshes or ([by_hand] if by_hand is not None else own))[0]
     args = {path: _padded(s, rank) for path, s, rank in _ranked(program) if mesh_shape(s) == mesh}
     return Kept(mesh=mesh, args=args)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ffjax import nnx
+from ffjax.by_hand import check_by_hand, mesh_by_hand
 from ffjax.cost.cluster import Cluster, parse_bytes
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import BudgetError, FfjaxWarning, PinError, PlanError, PlanMismatch
@@ -214,6 +215,9 @@ class ProgramSearch:
         self.kept: Mapping[str, Spec] = kept.args
         if kept.mesh is not None and (kept.args or self.program.constraints):
             self.meshes = [kept.mesh]
+        if self.meshes is None and (by_hand := mesh_by_hand(self.program, self.cluster.devices)) is not None:
+            self.meshes = [by_hand]
+        check_by_hand(self.program, self.meshes[0] if self.meshes else None, self.cluster.devices)
         self.regions = find_regions(build_graph(self.program))
         pinned = pinned_specs(self.regions, self.pins)
         check_pins(self.regions, pinned, self.meshes or self.cluster.mesh_shapes(max_axes=MOST_AXES))

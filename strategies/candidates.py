@@ -11,9 +11,10 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ffjax.ir.assignment import UNUSED, Assignment, scattered, spec_of
+from ffjax.ir.assignment import UNUSED, Assignment, by_hand, scattered, spec_of
 from ffjax.ir.compose import PERMUTATION
 from ffjax.ir.halo import Halo, halos
+from ffjax.ir.manual import NAME as SHARD_MAP
 from ffjax.ir.op_kinds import ends_in_its_sum
 from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.spec import MeshShape, divides
@@ -26,7 +27,12 @@ Keep = Callable[[Region, Sequence[Assignment]], list[Assignment]]
 
 
 def candidates(regions: Regions, region: Region, mesh: MeshShape, keep: Keep | None = None) -> list[Assignment]:
-    """All assignments of a region that `keep` leaves; the one that uses no axis first."""
+    """All assignments of a region that `keep` leaves; the one that uses no axis first.
+
+    A `shard_map` region of the user's has one, by its own specs.
+    """
+    if (fixed := _by_hand(regions, region, mesh)) is not None:
+        return [fixed] if keep is None else keep(region, [fixed])
     atoms = considered(regions, region, len(mesh.sizes))
     single, reduced, result, shape = _sums(regions, region)
     options: list[list[tuple[int, int]]] = []
@@ -76,6 +82,8 @@ def considered(regions: Regions, region: Region, axes: int) -> list[int]:
 
 def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh: MeshShape) -> bool:
     """Whether an assignment is one that a region can have; for those that come from outside."""
+    if (fixed := _by_hand(regions, region, mesh)) is not None:
+        return assignment == fixed
     atoms = set(assignment.atoms) - {UNUSED}
     if not all(0 <= a < len(region.sizes) and region.can_split(a) for a in atoms):
         return False
@@ -89,6 +97,15 @@ def is_candidate(regions: Regions, region: Region, assignment: Assignment, mesh:
         if dim != UNUSED and not (single and atom in reduced and 0 <= dim < len(shape)):
             return False
     return _written(region, assignment, mesh) and _valid(region, assignment, mesh, reduced, result, shape)
+
+
+def is_by_hand(regions: Regions, region: Region) -> bool:
+    """Whether a region is a `shard_map` of the user's: no strategy decides about it."""
+    return region.solo and regions.graph.ops[region.ops[0]].kind == SHARD_MAP
+
+
+def _by_hand(regions: Regions, region: Region, mesh: MeshShape) -> Assignment | None:
+    return by_hand(regions.graph.ops[region.ops[0]], region.dims[0], mesh) if region.solo else None
 
 
 def _sums(regions: Regions, region: Region) -> tuple[bool, set[int], Dims, tuple[int, ...]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 
+from ffjax.ir import compat, manual
+from ffjax.ir.graph import Op
 from ffjax.ir.regions import Dims, Regions
 
 ROUNDS = 6
@@ -78,7 +80,7 @@ def _local_colors(regions: Regions) -> list[str]:
     colors = []
     for region in regions.regions:
         ops = [
-            (node.kind, id(dims), tuple([dtypes[v] for v in node.results]), trips[node.scope])
+            (_kind(node), id(dims), tuple([dtypes[v] for v in node.results]), trips[node.scope])
             for op, dims in zip(region.ops, region.dims, strict=True)
             for node in (graph.ops[op],)
         ]
@@ -91,6 +93,15 @@ def _local_colors(regions: Regions) -> list[str]:
             known[key] = _digest((region.sizes, region.kinds, content))
         colors.append(known[key])
     return colors
+
+
+def _kind(op: Op) -> str:
+    """What an op does; of a `shard_map` region its axes and what it communicates and makes, whatever its lines."""
+    if op.eqn is None or op.kind != manual.NAME:
+        return op.kind
+    own = manual.manual(op.eqn)
+    work = [(e.primitive.name, *map(compat.shape_of, e.outvars), often) for e, often in manual.body_equations(op.eqn)]
+    return f"{op.kind} {_digest((own.axes, own.ins, own.outs, manual.own_collectives(op.eqn), work))}"
 
 
 def _digest(content: object) -> str:

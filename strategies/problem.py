@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
-from ffjax.cost.region_costs import Splits, Sums, compute_seconds, halo_seconds, reduction_seconds, sums_of
+from ffjax.cost.region_costs import (
+    Splits,
+    Sums,
+    compute_seconds,
+    halo_seconds,
+    own_seconds,
+    reduction_seconds,
+    sums_of,
+)
 from ffjax.ir.assignment import Assignment, scattered, spec_of
 from ffjax.ir.regions import Dims, Region, Regions
 from ffjax.ir.reshard_chain import reshard_chain
@@ -198,7 +206,8 @@ def build_problem(
                 regions=family,
                 candidates=found,
                 compute_s=compute_seconds(kernels.get(key, ()), splits, model) + count * copied_s,
-                reduction_s=count * (reduction_seconds(sums, found, splits, model) + permuted_s),
+                reduction_s=count
+                * (reduction_seconds(sums, found, splits, model) + permuted_s + own_seconds(regions, first, model)),
                 splits=splits,
                 late=late,
             )

@@ -12,6 +12,7 @@ from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.regions import Region
 from ffjax.ir.spec import MeshShape, Spec
 from ffjax.strategies.base import Role
+from ffjax.strategies.candidates import is_by_hand
 from ffjax.strategies.problem import Problem, Transfer, restrict
 from ffjax.strategies.usage import Usage
 
@@ -43,6 +44,9 @@ class Roles:
         kept = []
         for node in problem.nodes:
             region = problem.regions.regions[node.regions[0]]
+            if is_by_hand(problem.regions, region):
+                kept.append(list(range(len(node.candidates))))
+                continue
             allowed = [
                 {UNUSED, *(atom for atom in range(len(region.sizes)) if self._allows(region, atom, role))}
                 for role in self.roles

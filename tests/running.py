@@ -75,10 +75,13 @@ def unsharded(case: Case) -> Any:
     return jax.jit(case.step, static_argnums=case.static_argnums)
 
 
-def counted(found: Iterable[CountedCollective | PlannedCollective]) -> Counter[tuple[str, tuple[str, ...], float]]:
+def counted(
+    found: Iterable[CountedCollective | PlannedCollective], *, own: bool = False
+) -> Counter[tuple[str, tuple[str, ...], float]]:
+    """How many there are of each; `own`: with those that the program itself spells out."""
     total: Counter[tuple[str, tuple[str, ...], float]] = Counter()
     for c in found:
-        if not getattr(c, "user", False):
+        if own or not c.user:
             total[c.collective.kind, c.collective.axes, c.collective.bytes] += c.count
     return total
 

@@ -17,6 +17,7 @@ from ffjax.cost.kernels import Kernel
 from ffjax.cost.region_costs import Splits, compute_seconds, halo_seconds
 from ffjax.cost.roofline import op_seconds
 from ffjax.cost.simulation.task_graph import Kinds, Read, Sum, TaskGraph, Touched
+from ffjax.ir import manual
 from ffjax.ir.assignment import Assignment
 from ffjax.ir.halo import halos
 from ffjax.ir.layout import Layout
@@ -167,6 +168,9 @@ class TaskCosts:
 
     def _reduce(self, entry: Sum, layout: Layout) -> tuple[Hop, ...]:
         hops = [self._hop(c.kind, c.axes, c.bytes, False) for c in layout.exchanges(entry.op)]
+        for own, often in layout.own_collectives(entry.op):
+            one = self._hop(own.kind, own.axes, own.bytes, False)
+            hops.append(one._replace(ticks=round(one.ticks * often)))
         axes = layout.partial_axes(entry.op)
         if not axes:
             return tuple(hops)
@@ -270,6 +274,8 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
 def _image_kind(regions: Regions, op: int) -> Hashable:
     """What an op's exchanges of edges depend on, beside the assignment of its region."""
     node = regions.graph.ops[op]
+    if node.eqn is not None and node.kind == manual.NAME:
+        return tuple(manual.own_collectives(node.eqn)), manual.manual(node.eqn).axes
     found = halos(node.eqn)
     if not found:
         return ()

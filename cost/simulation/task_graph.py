@@ -23,6 +23,7 @@ from ffjax.cost.fusion import fusible
 from ffjax.cost.kernels import Kernel
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.halo import halos
+from ffjax.ir.manual import NAME as SHARD_MAP
 from ffjax.ir.regions import Regions
 
 START = -1
@@ -246,7 +247,7 @@ class _Walk:
                     readers.setdefault(value, []).append((op.id, index))
         for op in self.graph.ops:
             waits, owed = self.steps(op)
-            if self.regions.ports[op.id].reduced or halos(op.eqn):
+            if self.regions.ports[op.id].reduced or halos(op.eqn) or op.kind == SHARD_MAP:
                 reads = tuple((i, *r) for i, v in enumerate(op.results) for r in readers.get(v, ()))
                 of = (op.id, *(reader for _, reader, _ in reads))
                 sums.append(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ffjax.emit.by_hand import bind_by_hand
 from ffjax.emit.pieces import add_up, bind_beside, bind_on_pieces
 from ffjax.ir import compat
 from ffjax.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
@@ -21,6 +22,7 @@ from ffjax.ir.extra_rules import runs_on_pieces
 from ffjax.ir.graph import NO_VALUE, Scope
 from ffjax.ir.inline import bodies
 from ffjax.ir.layout import Layout
+from ffjax.ir.manual import NAME as SHARD_MAP
 from ffjax.ir.spec import Spec
 
 
@@ -144,6 +146,9 @@ class _Interpreter:
         if any(v != NO_VALUE and self.layout.pending_axes(self.graph.values[v].producer) for v in own.operands):
             terms = bind_beside(eqn, operands)
             return [self.write(terms if pending else add_up(terms), eqn.outvars[0], op)]
+        if eqn.primitive.name == SHARD_MAP:
+            made = bind_by_hand(eqn, operands, self.mesh)
+            return [self.write(array, var, op) for array, var in zip(made, eqn.outvars, strict=True)]
         if pending or runs_on_pieces(eqn) or self.layout.cuts(op):
             return self.on_pieces(eqn, operands, op)
         return self.bound(eqn, operands, eqn.params, op)

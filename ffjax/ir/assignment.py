@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ffjax.ir import manual
+from ffjax.ir.graph import Op
 from ffjax.ir.regions import Dims, OpDims
 from ffjax.ir.spec import MeshShape, Spec
 
@@ -40,6 +42,24 @@ class Assignment:
     def partial_axes(self, op: OpDims, mesh: MeshShape) -> tuple[str, ...]:
         """The axes over which an op's results are partial sums."""
         return tuple(name for name, a in zip(mesh.axes, self.atoms, strict=True) if a in op.reduced)
+
+
+def by_hand(op: Op, dims: OpDims, mesh: MeshShape) -> Assignment | None:
+    """The one assignment of a `shard_map` region of the user's; None for other ops.
+
+    Its specs decide where the mesh has its axes; elsewhere what surrounds it is whole.
+    """
+    if op.eqn is None or op.kind != manual.NAME:
+        return None
+    own = manual.manual(op.eqn)
+    nothing = (UNUSED,) * len(mesh.axes)
+    if not own.runs_on(mesh):
+        return Assignment(nothing, nothing)
+    split: dict[str, int] = {}
+    for spec, port in zip((*own.ins, *own.outs), (*dims.operands, *dims.results), strict=True):
+        for axes, dim in zip(spec, port, strict=True):
+            split.update(zip(axes, dim, strict=False))  # what is left of the dimension comes last
+    return Assignment(tuple(split.get(axis, UNUSED) for axis in mesh.axes), nothing)
 
 
 def spec_of(dims: Dims, sizes: Sequence[int], assignment: Assignment, mesh: MeshShape) -> Spec | None:

@@ -15,7 +15,7 @@ from jax._src.interpreters import partial_eval
 from jax._src.state import discharge
 from jax._src.state.types import AbstractRef
 from jax.extend import core
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 # `jax.extend.core` names these classes but hides their constructors' home.
 Var = core.Var
@@ -90,16 +90,39 @@ def _has_references(jaxpr: core.Jaxpr) -> bool:
 def _any_equation(jaxpr: core.Jaxpr, test: Callable[[core.JaxprEqn], bool]) -> bool:
     """Whether an equation of the program, or of a program inside one of its equations, passes."""
 
-    def inner(param: object) -> bool:
-        if isinstance(param, core.ClosedJaxpr):
-            return _any_equation(param.jaxpr, test)
-        if isinstance(param, core.Jaxpr):
-            return _any_equation(param, test)
-        return isinstance(param, tuple) and any(inner(p) for p in param)
-
     return any(
-        test(e) or any(inner(p) for p in e.params.values()) for e in jaxpr.eqns if e.primitive.name != "pallas_call"
+        test(e) or any(_any_equation(body, test) for body in jaxprs_in(e))
+        for e in jaxpr.eqns
+        if e.primitive.name != "pallas_call"
     )
+
+
+def jaxprs_in(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The programs among an equation's parameters: bodies of calls, loops, branches and regions."""
+
+    def within(param: object) -> Iterator[core.Jaxpr]:
+        if isinstance(param, core.ClosedJaxpr):
+            yield param.jaxpr
+        elif isinstance(param, core.Jaxpr):
+            yield param
+        elif isinstance(param, tuple):
+            for each in param:
+                yield from within(each)
+
+    for param in eqn.params.values():
+        yield from within(param)
+
+
+def mesh_sizes(eqn: core.JaxprEqn) -> dict[str, int]:
+    """The axes of the mesh that a `shard_map` equation was written for, and their sizes."""
+    mesh = eqn.params["mesh"]
+    return dict(zip(map(str, mesh.axis_names), mesh.axis_sizes, strict=True))
+
+
+def manual_axes(eqn: core.JaxprEqn) -> frozenset[str]:
+    """The axes over which a `shard_map` equation runs by hand; any others it leaves to the partitioner."""
+    name = "newly_manual_axes" if "newly_manual_axes" in eqn.params else "manual_axes"  # the latter before jax 0.10
+    return frozenset(map(str, eqn.params[name]))
 
 
 AS_WRITTEN = "as written"
@@ -247,6 +270,62 @@ def with_scan_body(params: Mapping[str, Any], body: core.ClosedJaxpr, constants:
         changed["num_consts"] += constants
         changed["linear"] = (False,) * constants + tuple(params["linear"])
     return changed
+
+
+def run_here(jaxpr: core.Jaxpr, args: Sequence[jax.Array]) -> list[jax.Array]:
+    """Runs a program without constants under the mesh that is set here, not the one under which it was traced.
+
+    Its sharding constraints, which are for that one, are left out.
+    """
+    return list(core.jaxpr_as_fun(core.ClosedJaxpr(_under_mesh(jaxpr, jax.sharding.get_abstract_mesh()), ()))(*args))
+
+
+def _under_mesh(jaxpr: core.Jaxpr, mesh: AbstractMesh) -> core.Jaxpr:
+    """The program with another mesh in the types of its values and in the settings of its equations."""
+    env: dict[core.Var, core.Var | core.Literal] = {}
+
+    def fresh(var: core.Var) -> core.Var:
+        made = env[var] = Var(_retyped(var.aval, mesh))
+        return made
+
+    def read(atom: core.Var | core.Literal) -> core.Var | core.Literal:
+        # A literal's own array has the mesh in its type.
+        return Literal(np.asarray(atom.val), _retyped(atom.aval, mesh)) if isinstance(atom, core.Literal) else env[atom]
+
+    def param(value: object) -> object:
+        if isinstance(value, core.ClosedJaxpr):
+            return core.ClosedJaxpr(_under_mesh(value.jaxpr, mesh), value.consts)
+        if isinstance(value, core.Jaxpr):
+            return _under_mesh(value, mesh)
+        if isinstance(value, NamedSharding):
+            return value.update(mesh=mesh)
+        return tuple(map(param, value)) if type(value) is tuple else value
+
+    constants = [fresh(v) for v in jaxpr.constvars]
+    arguments = [fresh(v) for v in jaxpr.invars]
+    eqns = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "sharding_constraint":
+            env[eqn.outvars[0]] = read(eqn.invars[0])
+            continue
+        # Out of the one mesh before into the other: they may be of different sizes.
+        nowhere = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+        with eqn.ctx.manager, nowhere, jax.sharding.use_abstract_mesh(mesh):
+            context = type(eqn.ctx)() if hasattr(type(eqn.ctx), "_create") else eqn.ctx
+        params = eqn.params if eqn.primitive.name == "pallas_call" else {k: param(v) for k, v in eqn.params.items()}
+        operands = [read(v) for v in eqn.invars]
+        eqns.append(eqn.replace(invars=operands, outvars=[fresh(v) for v in eqn.outvars], params=params, ctx=context))
+    results = [read(v) for v in jaxpr.outvars]
+    debug_info = jaxpr.debug_info.with_unknown_names()
+    moved: core.Jaxpr = jaxpr.replace(
+        constvars=constants, invars=arguments, outvars=results, eqns=eqns, debug_info=debug_info
+    )
+    return moved
+
+
+def _retyped(aval: core.AbstractValue, mesh: AbstractMesh) -> core.AbstractValue:  # type: ignore[name-defined]
+    sharding = getattr(aval, "sharding", None)
+    return aval.update(sharding=sharding.update(mesh=mesh)) if isinstance(sharding, NamedSharding) else aval
 
 
 def shape_of(var: core.Var | core.Literal) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from ffjax.errors import RuleError
 from ffjax.ir.compat import dtype_of, shape_of, threefry_is_partitionable
 from ffjax.ir.compose import fit, replicated
 from ffjax.ir.halo import with_halos
+from ffjax.ir.manual import NAME, manual_rule
 from ffjax.ir.rules import OpShardingRule
 from ffjax.ir.shardy import Shape, each, elementwise, last_replicated
 
@@ -101,6 +102,8 @@ def extra_rule(eqn: JaxprEqn) -> OpShardingRule | None:
     Raises:
       RuleError: when the rule does not fit the equation's inputs and outputs.
     """
+    if eqn.primitive.name == NAME:
+        return manual_rule(eqn)
     rule = _RULES.get(eqn.primitive.name)
     if rule is None:
         return None

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ffjax.ir import manual
 from ffjax.ir.assignment import Assignment, scattered, spec_of
-from ffjax.ir.graph import Graph
+from ffjax.ir.graph import Graph, Op
 from ffjax.ir.halo import Cut, exchanges, halos, split_halos
 from ffjax.ir.op_kinds import ends_in_its_sum
 from ffjax.ir.regions import Dims, Regions
@@ -28,6 +29,8 @@ class PlannedCollective:
     value: int
     merged: bool
     """Whether the compiler may merge it with others of its kind; see `ffjax.ir.merging`."""
+    user: bool = False
+    """Whether the program itself spells it out, inside `shard_map`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,6 +136,17 @@ class Layout:
                 )
                 for collective in self.exchanges(op.id)
             ]
+            found += [
+                PlannedCollective(
+                    collective=collective,
+                    count=often * graph.scopes[op.scope].trips,
+                    op=op.id,
+                    value=(*op.results, *op.operands)[0],
+                    merged=False,
+                    user=True,
+                )
+                for collective, often in self.own_collectives(op.id)
+            ]
         # Ways that begin alike share their beginning.
         moved: set[tuple[int, int, tuple[Spec, ...]]] = set()
         for value, spec, scope, op_id in self.copies():
@@ -170,6 +184,13 @@ class Layout:
         spec = self.operand(op, index)
         return exchanges(eqn, spec, self.mesh, self.local_bytes(self.graph.ops[op].operands[index], spec))
 
+    def own_collectives(self, op: int) -> list[tuple[Collective, float]]:
+        """Those that the user's own `shard_map` region spells out, and how often each runs when the op runs once.
+
+        None where it does not run over this mesh.
+        """
+        return own_collectives(self.graph.ops[op], self.mesh)
+
     def reads(self) -> dict[int, set[Spec]]:
         """For each value that is a reduced partial sum the shardings in which it is read."""
         graph = self.graph
@@ -199,3 +220,10 @@ class Layout:
     def way(self, value: int, spec: Spec) -> tuple[Hop, ...]:
         """The moves that take a value from its home to another sharding."""
         return reshard_chain(self.home(value), spec, self.mesh, self.graph.values[value].shape, self.axis_prices)
+
+
+def own_collectives(op: Op, mesh: MeshShape) -> list[tuple[Collective, float]]:
+    """What `Layout.own_collectives` says of an op under any layout on a mesh."""
+    if op.eqn is None or op.kind != manual.NAME or not manual.manual(op.eqn).runs_on(mesh):
+        return []
+    return manual.own_collectives(op.eqn)

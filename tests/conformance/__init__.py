@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import warnings
 
-MODULES = ("optimizers", "linen_steps", "nnx_steps", "other_frameworks", "control_flow", "primitives")
+MODULES = ("optimizers", "linen_steps", "nnx_steps", "other_frameworks", "control_flow", "by_hand", "primitives")
 FRAMEWORKS = ("haiku", "equinox", "transformers")
 """What `other_frameworks` needs: the extra `frameworks`."""
 
