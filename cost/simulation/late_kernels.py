@@ -1,4 +1,4 @@
-"""Products that nothing soon waits for: gradients of weights, which only the optimizer reads, or the end of a loop body.
+"""Products that nothing soon waits for: gradients of weights, which the optimizer reads, or the end of a loop's body.
 
 XLA:GPU runs them after the way back, right before what first reads one of them, each followed by its own sum: so the
 sum of the last has nothing to hide behind. One without a sum runs earlier where kernels would wait for a collective.
@@ -25,7 +25,7 @@ def late_kernels(graph: Graph, kernel_ops: Container[int]) -> set[int]:
     changed = True
     while changed:
         for op in reversed(graph.ops):
-            if (op.kind in WORK and op.kind not in FREE) or any([leads[v] for v in op.results]):
+            if (op.kind in WORK and op.kind not in FREE) or any(leads[v] for v in op.results):
                 for value in op.operands:
                     if value != NO_VALUE:
                         leads[value] = True
@@ -36,5 +36,5 @@ def late_kernels(graph: Graph, kernel_ops: Container[int]) -> set[int]:
     return {
         op.id
         for op in graph.ops
-        if op.kind in PRODUCTS and op.id in kernel_ops and not fusible(op) and not any([leads[v] for v in op.results])
+        if op.kind in PRODUCTS and op.id in kernel_ops and not fusible(op) and not any(leads[v] for v in op.results)
     }

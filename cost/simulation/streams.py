@@ -5,8 +5,8 @@ is there, and all its links are free; links serve in the order of issue. A kerne
 results it reads. Synchronous collectives hold up the kernels behind them. What is inside a loop or a branch begins when
 all before it has ended, and ends with the last of its own: XLA overlaps nothing across their borders.
 
-A kernel that nothing soon needs (`Later`) runs while others would wait for a collective, once what it reads is there; if
-it never comes to that, it runs where the program puts it (`Rest`).
+A kernel that nothing soon needs (`Later`) runs while others would wait for a collective, once what it reads is there;
+if it never comes to that, it runs where the program puts it (`Rest`).
 
 Everything here is relative to the moment at which kernels have got, so playing a part of a program is a function of its
 events and of what is still under way when it begins.
@@ -110,8 +110,8 @@ def play(
 ) -> tuple[int, State, tuple[int, ...]]:
     """Runs events from a state: how far that takes the compute stream, the state then, and what of `Later` has run.
 
-    `overlap`: whether collectives are asynchronous. `ran`: what of `Later` ran before. What is played is added to `log`,
-    from `base` on.
+    `overlap`: whether collectives are asynchronous. `ran`: what of `Later` ran before. What is played is added to
+    `log`, from `base` on.
     """
     now = 0
     free = list(state.links)
@@ -128,7 +128,7 @@ def play(
     def wait(until: int) -> None:
         nonlocal now
         while now < until and later:
-            kernel = next((k for k in later if all([ends.get(p, 0) <= now for p in k.points])), None)
+            kernel = next((k for k in later if all(ends.get(p, 0) <= now for p in k.points)), None)
             if kernel is None:
                 break
             later.remove(kernel)
@@ -166,7 +166,7 @@ def play(
             now += event.ticks
         elif type(event) is Later:
             later = [*later[-MOST_LATER + 1 :], event]
-        else:
+        elif type(event) is Rest:
             for kernel in event.kernels:
                 if kernel.op not in ran and kernel.op not in found:
                     now = max([now, *[ends.get(point, 0) for point in kernel.points]])

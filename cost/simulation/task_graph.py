@@ -271,7 +271,7 @@ class _Walk:
                 )
                 waits = (*waits, ~op.id)
             lead = self.lead(op)
-            late = op.id in self.late or any([v != NO_VALUE and self.from_late[v] for v in op.operands])
+            late = op.id in self.late or any(v != NO_VALUE and self.from_late[v] for v in op.operands)
             for value in op.results:
                 self.from_late[value] = late and op.kind not in ("enter", "exit")
                 self.carried[value], self.owed[value] = waits, owed
