@@ -1,8 +1,9 @@
 """When collectives are issued: as early as what they read is there, but copies not without end.
 
-Sums are issued after the kernel that they sum. A copy may be made ahead of the op that first reads it, back to where
-its value is made, or to the block's start if it is made of nothing but what the block begins with (a parameter, cast
-or not: the cast is moved along). It then takes memory while it waits, so
+Sums are issued after the kernel that they sum. Late kernels run before the step `Block.late_at`, each with its sum, if
+it has one; those without may run while others wait, from their own place on. A copy may be made ahead of the op that
+first reads it, back to where its value is made, or to the block's start if it is made of nothing but what the block
+begins with (a parameter, cast or not: the cast is moved along). It then takes memory while it waits, so
 
     at every place of a block, copies that are issued and not yet read hold at most `AHEAD` times the bytes of the
     largest one that can be made at the block's start (a weight); a larger one waits until all before it are read.
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ffjax.cost.simulation.streams import Event, Inside, Issue, Run, Wait
+from ffjax.cost.simulation.streams import Event, Inside, Issue, Later, Rest, Run, Wait
 from ffjax.cost.simulation.task_costs import Copy, Hop
 from ffjax.cost.simulation.task_graph import AFTER, BEFORE, DURING, START, Block, Point, Read, Sum, TaskGraph
 
@@ -37,8 +38,11 @@ class Schedule:
         self._op_of, self._step_of = op_of, tasks.step_of
         self.segments = block.segments
         self.inner = block.inner
+        self._later, self._later_at = dict.fromkeys(block.late), block.late_at
         self._bounds = [START, *(s[0].op for s in self.segments[1:])]
-        self._wait_at = tasks.wait_at
+        self._wait_at, self._late_waits = tasks.wait_at, tasks.late_waits
+        self.late_segment = self.segment_of(3 * block.late_at) if block.late else len(block.segments)
+        """The segment before which all late kernels have run, or in which they do."""
         # By port of the block, in the order of ops.
         self._index = {port: i for i, port in enumerate(block.ports)}
         count = len(block.ports)
@@ -61,6 +65,7 @@ class Schedule:
         self._place = np.full(count, _NOWHERE, np.int64)
         self._copies: dict[int, tuple[Issue, tuple[int, ...]]] = {}
         self._issued: list[dict[Point, tuple[int, Issue]]] = [{} for _ in self.segments]
+        self._late_sums: dict[int, Issue] = {}
         self._waits: dict[int, dict[Point, None]] = {}
         self._moved: dict[int, int] = {}
         self.dirty = set(range(len(self.segments)))
@@ -74,13 +79,19 @@ class Schedule:
         """Sums an op's partial results by these collectives, in place of what did before."""
         point, position = ~entry.op, 3 * entry.op + AFTER
         issued = self._issued[self.segment_of(position)]
-        if issued.pop(point, None) is not None:
+        late = entry.op in self._later
+        before = self._late_sums.pop(entry.op, None) if late else issued.pop(point, None)
+        if before is not None:
             self._unwait(point, (point,))
         if hops:
             # The results' collectives are on the same links, so one after another.
-            issued[point] = (position, Issue(tuple(hops), (point,), entry.upstream))
+            issue = Issue(tuple(hops), (point,), entry.upstream)
+            if late:
+                self._late_sums[entry.op] = issue
+            else:
+                issued[point] = position, issue
             self._wait(point, (point,))
-        self.dirty.add(self.segment_of(position))
+        self._changed(entry.op)
 
     def set_copies(self, read: Read, before: Sequence[Copy], after: Sequence[Copy]) -> None:
         """Makes the copies of a read, in place of those made before. `arrange` then says when."""
@@ -106,22 +117,27 @@ class Schedule:
             for index in self._blocks.get(port, ()):
                 self._blocked[index] += step
 
-    def _first_wait(self, points: Sequence[Point]) -> int | None:
-        if len(points) == 1:
-            return self._wait_at.get(points[0])
-        return min((self._wait_at[p] for p in points if p in self._wait_at), default=None)
+    def _waiting(self, points: Sequence[Point]) -> list[int]:
+        """The ops that wait for one of some points: the first step that does, and the late kernels."""
+        first = min([self._wait_at[p] for p in points if p in self._wait_at], default=None)
+        late = [op for p in points for op in self._late_waits.get(p, ())]
+        return late if first is None else [first, *late]
 
     def _wait(self, point: Point, points: Sequence[Point]) -> None:
-        op = self._first_wait(points)
-        if op is not None:
+        for op in self._waiting(points):
             self._waits.setdefault(op, {})[point] = None
-            self.dirty.add(self.segment_of(3 * op))
+            self._changed(op)
 
     def _unwait(self, point: Point, points: Sequence[Point]) -> None:
-        op = self._first_wait(points)
-        if op is not None:
-            del self._waits[op][point]
-            self.dirty.add(self.segment_of(3 * op))
+        for op in self._waiting(points):
+            self._waits[op].pop(point, None)
+            self._changed(op)
+
+    def _changed(self, op: int) -> None:
+        """Has the segments played again that have to do with an op at its own place."""
+        self.dirty.add(self.segment_of(3 * op))
+        if op in self._later:
+            self.dirty.add(self.late_segment)
 
     # -- where copies are issued
 
@@ -176,7 +192,10 @@ class Schedule:
 
     def touch(self, op: int) -> None:
         """Another time for an op's kernel: what plays it is to be played again."""
-        self.dirty.add(self.segment_of(self._moved.get(op, 3 * self._step_of[op])))
+        if op in self._later:
+            self._changed(op)
+        else:
+            self.dirty.add(self.segment_of(self._moved.get(op, 3 * self._step_of[op])))
 
     # -- events
 
@@ -202,10 +221,29 @@ class Schedule:
                 flush()
                 found.append(self._issued[segment][point][1])
 
-        moved, waits_at = self._moved, self._waits
+        def rest() -> None:
+            kernels: list[Later] = []
+            for op in self._later:
+                later = Later(op, ticks[op], tuple(waits_at.get(op, ())))
+                summed = self._late_sums.get(op)
+                if summed is None:
+                    kernels.append(later)
+                    continue
+                if later.points:
+                    found.append(Wait(later.points))
+                found.extend((Run(later.ticks, (op,)), summed))
+            if kernels:
+                found.append(Rest(tuple(kernels)))
+
+        moved, waits_at, late = self._moved, self._waits, self._later
         for op, deferred, own, holds in self.segments[segment]:
             waits = waits_at.get(op)
-            if not waits and not holds and (at == len(issues) or issues[at][0] > 3 * op + DURING):
+            if late and op == self._later_at:
+                issue(3 * op - 1)
+                flush()
+                rest()
+            quiet = not waits and not holds and (at == len(issues) or issues[at][0] > 3 * op + DURING)
+            if quiet and op not in late:
                 ops += deferred
                 if own and op not in moved:
                     ops.append(op)
@@ -218,6 +256,11 @@ class Schedule:
                 ops.extend(deferred)
             if at < len(issues):
                 issue(3 * op + BEFORE)
+            if op in late:
+                if op not in self._late_sums:
+                    flush()
+                    found.append(Later(op, ticks[op], tuple(waits or ())))
+                continue
             if waits:
                 flush()
                 found.append(Wait(tuple(waits)))

@@ -17,6 +17,7 @@ that border, so the answer is exactly that of simulating everything.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.memory import MemoryModel
 from ffjax.cost.simulation.schedule import Schedule
-from ffjax.cost.simulation.streams import Entry, Event, Inside, Issue, Run, State, idle, play
+from ffjax.cost.simulation.streams import Entry, Event, Inside, Issue, Rest, Run, State, idle, play
 from ffjax.cost.simulation.task_costs import TICKS_PER_S, Copy, Hop, TaskCosts
 from ffjax.cost.simulation.task_graph import Read, TaskGraph, build_task_graph
 from ffjax.cost.simulation.timeline import Timeline
@@ -53,6 +54,8 @@ class _Played:
     elapsed: list[int]
     compute: list[int]
     comm: list[int]
+    later: list[tuple[int, ...]]
+    """The late kernels that ran while others waited."""
     totals: tuple[int, int, int] = field(default=(0, 0, 0))
     """Ticks of the block, of its kernels, of its collectives."""
 
@@ -118,6 +121,7 @@ class Simulator:
                 elapsed=[0] * count,
                 compute=[0] * count,
                 comm=[0] * count,
+                later=[()] * count,
             )
         kinds = self._costs.kinds
         everything = kinds.region_groups, kinds.read_groups, kinds.sum_groups
@@ -166,8 +170,10 @@ class Simulator:
     def log(self, scope: int) -> tuple[list[Entry], int]:
         """The tasks of one block and the ticks that it takes."""
         played, log = self._played[scope], list[Entry]()
-        for events, state, at in zip(played.events, played.states, _starts(played.elapsed), strict=False):
-            play(events, state, overlap=self.overlap, log=log, base=at)
+        ran = {op for ops in played.later for op in ops}
+        starts = _starts(played.elapsed)
+        for events, state, at, own in zip(played.events, played.states, starts, played.later, strict=False):
+            play(events, state, overlap=self.overlap, ran=ran.difference(own), log=log, base=at)
         return log, played.totals[0]
 
     # -- what changed
@@ -238,7 +244,13 @@ class Simulator:
             played.states[segment] = state
             if segment == len(schedule.segments):
                 break
-            played.elapsed[segment], state = play(played.events[segment], state, overlap=self.overlap)
+            late = schedule.late_segment
+            ran = {op for ops in played.later[:late] for op in ops} if segment == late else ()
+            played.elapsed[segment], state, later = play(played.events[segment], state, overlap=self.overlap, ran=ran)
+            if later != played.later[segment]:
+                played.later[segment] = later
+                if segment < late and late not in todo:
+                    bisect.insort(todo, late, key=lambda s: -s)
             segment += 1
         schedule.dirty.clear()
         totals = (sum(played.elapsed) + max(played.states[-1].links), sum(played.compute), sum(played.comm))
@@ -258,6 +270,8 @@ class Simulator:
                 compute += event.ticks
             elif type(event) is Issue:
                 comm += sum([hop.ticks for hop in event.hops])
+            elif type(event) is Rest:
+                compute += sum([kernel.ticks for kernel in event.kernels])
             elif type(event) is Inside:
                 compute, comm = compute + event.compute_ticks, comm + event.comm_ticks
         played.compute[segment], played.comm[segment] = compute, comm

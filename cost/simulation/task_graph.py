@@ -8,7 +8,8 @@ for: `wait_at` is for each collective the first step that needs it, which suffic
 Steps are in the order of the program but for elementwise kernels, which would hold up others there, and which the
 compiler is free to move: one that reads sums is *deferred* to the first step that needs its result (a gradient that
 is transposed is waited for by the optimizer, not by the rest of the backward pass), and one that makes a value to be
-copied from what the block begins with may be moved ahead with the copy (`Read.prepared`).
+copied from what the block begins with may be moved ahead with the copy (`Read.prepared`). Gradients of weights run
+right before the first step that needs one of them (`late_kernels`).
 
 Positions are `3 * op + phase`: before an op waits (0), while its kernel runs (1), after it (2); `START` is before all.
 """
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 from ffjax.cost.fusion import fusible
 from ffjax.cost.kernels import Kernel
+from ffjax.cost.simulation.late_kernels import late_kernels
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.halo import halos
 from ffjax.ir.manual import NAME as SHARD_MAP
@@ -74,6 +76,9 @@ class Block:
     """For each step that is no inner block the ops whose kernels run there: those deferred to it, then its own."""
     inner: dict[int, Inner] = field(default_factory=dict)
     ports: list[int] = field(default_factory=list)
+    late: tuple[int, ...] = ()
+    """Kernels that run before the step `late_at` rather than at their own, in the order in which they are needed."""
+    late_at: int = START
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,6 +124,8 @@ class TaskGraph:
     reads: list[Read]
     sums: list[Sum]
     wait_at: dict[Point, int]
+    late_waits: dict[Point, list[int]]
+    """The late kernels that need it before they run, whether others do or not."""
     step_of: dict[int, int]
     """For each op with a kernel the step at which it runs."""
     block_of: list[int]
@@ -235,6 +242,10 @@ class _Walk:
         """For each value the deferred kernels that it comes from, whether they have run by now or not."""
         self.step_of: dict[int, int] = {}
         self.leads: dict[int, _Lead] = {}
+        self.late = late_kernels(self.graph, kernel_ops)
+        self.from_late: list[bool] = [False] * len(self.graph.values)
+        """For each value whether it comes from a late kernel of its block."""
+        self.late_waits: dict[Point, list[int]] = {}
         self.wait_at: dict[Point, int] = {}
         self.taken: set[int] = set()
 
@@ -261,7 +272,9 @@ class _Walk:
                 )
                 waits = (*waits, ~op.id)
             lead = self.lead(op)
+            late = op.id in self.late or any(v != NO_VALUE and self.from_late[v] for v in op.operands)
             for value in op.results:
+                self.from_late[value] = late and op.kind not in ("enter", "exit")
                 self.carried[value], self.owed[value] = waits, owed
                 if lead is not None:
                     self.leads[value] = lead
@@ -271,11 +284,13 @@ class _Walk:
             block.runs[step] = (*block.runs.get(step, ()), kernel)
         for block in self.blocks.values():
             block.segments = _segments(block)
+        self.place_late()
         return TaskGraph(
             blocks=self.blocks,
             reads=self.reads(),
             sums=sums,
             wait_at=self.wait_at,
+            late_waits=self.late_waits,
             step_of=self.step_of,
             block_of=self.block_of,
         )
@@ -305,10 +320,26 @@ class _Walk:
             elif not (owed and first):
                 return points, tuple(owed)
         self.blocks[block].runs[op.id] = ()
+        if op.id in self.late:
+            own = [p for p in points if not owed or (p >= 0 and self.regions.edges[p].op == op.id)]
+            points = tuple(p for p in points if p not in own)
+            for point in own:
+                self.late_waits.setdefault(point, []).append(op.id)
         for kernel in (*owed, op.id) if op.id in self.kernel_ops else owed:
             self.step_of[kernel] = op.id
         self.wait_at.update(dict.fromkeys(points, op.id))
         return (), ()
+
+    def place_late(self) -> None:
+        """Finds where the late kernels of each block run."""
+        needed: dict[int, list[tuple[int, int]]] = {}
+        for op in self.late:
+            if (first := self.wait_at.get(~op)) is not None:
+                needed.setdefault(self.block_of[self.graph.ops[op].scope], []).append((first, op))
+        for scope, kernels in needed.items():
+            block = self.blocks[scope]
+            block.late_at = min(kernels)[0]
+            block.late = tuple(op for _, op in sorted(kernels) if op < block.late_at)
 
     def leaves(self, op: Op) -> bool:
         """Whether an op takes its operand out of a block: into a loop, out of a body, or out of the step."""
@@ -360,6 +391,8 @@ class _Walk:
             early=START,
             late=3 * max([producer.id, *(self.step_of[k] for k in self.owed[value])]) + AFTER,
         )
+        if self.from_late[value] and self.blocks[block].late:
+            read.late = max(read.late, 3 * self.blocks[block].late_at + AFTER)
         if self.outside(value, block):
             read.late, read.upstream = START, ()
         elif (lead := self.leads.get(value)) is None:
