@@ -220,7 +220,15 @@ class Session:
         began: float,
     ) -> Found | None:
         objective = problem if exposed is None else overlapped(problem, exposed)
-        fit = solve_within(objective, self.budget_bytes, self.memory, self.times, solver, starts, thorough=thorough)
+        fit = solve_within(
+            objective,
+            self.budget_bytes,
+            self.memory,
+            solver,
+            starts,
+            thorough=thorough,
+            mixed=thorough or name == AUTO,
+        )
         if fit is None:
             return None
         choice = fit.solution.choice

@@ -116,8 +116,8 @@ def test_what_fits_does_so_under_its_own_schedule(picks: list[Pick], mesh: MeshS
     layouts = [layout_of(problem, c) for c in choices(problem)]
     peaks = [memory.under(layout).peak(layout).bytes for layout in layouts]
     budget = min(peaks) + share * (max(peaks) - min(peaks))
-    fit = solve_within(problem, budget, memory, memory.times, Solver())
-    ample = solve_within(problem, max(peaks) * 2, memory, memory.times, Solver())
+    fit = solve_within(problem, budget, memory, Solver())
+    ample = solve_within(problem, max(peaks) * 2, memory, Solver())
     assert fit is not None
     assert ample is not None
     assert ample.fits
@@ -136,7 +136,7 @@ def test_a_budget_is_kept_and_found_where_there_is_one(picks: list[Pick], mesh: 
     budget = least + share * (most - least)
     best = min(s for b, s in tried if b <= budget)
 
-    fit = solve_within(problem, budget, memory, memory.times, Solver())
+    fit = solve_within(problem, budget, memory, Solver())
     assert fit is not None
     if fit.bound_within is not None:
         assert fit.bound_within() <= best * (1 + 1e-9)
