@@ -45,6 +45,11 @@ def fit_of(problem: Problem, solution: Solution, budget_bytes: float, memory: Me
     return Fit(solution=solution, layout=layout, peak=most, fits=most.bytes <= budget_bytes)
 
 
+def near(most: Peak, budget_bytes: float) -> bool:
+    """Whether a layout's own schedule may decide if it fits: under the program's it does so, by little."""
+    return budget_bytes * _NEAR < most.bytes <= budget_bytes
+
+
 def scheduled_peak(layout: Layout, budget_bytes: float, memory: MemoryModel) -> Peak:
     """The peak of a layout, under its own schedule where that may decide whether it fits."""
     most = memory.peak(layout)

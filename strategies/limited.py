@@ -62,10 +62,7 @@ class Limited:
 
     def limits(self, budget_bytes: float) -> list[Limit]:
         """That at no instant there is more than the budget."""
-        return [
-            Limit(nodes=t.nodes, transfers=t.transfers, most=budget_bytes - t.fixed_bytes)
-            for t in self.terms
-        ]
+        return [Limit(nodes=t.nodes, transfers=t.transfers, most=budget_bytes - t.fixed_bytes) for t in self.terms]
 
 
 def limited(problem: Problem, instants: Instants, ats: Sequence[int], *, surely: bool = False) -> Limited:

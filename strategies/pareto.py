@@ -57,7 +57,14 @@ def pareto_front(result: SearchResult, solves: int = SOLVES, progress: Progress 
         line.at(price)
     if lines:
         min(lines, key=lambda line: line.priced.least.peak.bytes).shrink()
-    return non_dominated(known + [f for line in lines for _, f in line.points])
+    front = non_dominated(known + [f for line in lines for _, f in line.points])
+    return non_dominated([_under_own_schedule(result, f) for f in front])
+
+
+def _under_own_schedule(result: SearchResult, found: Found) -> Found:
+    """With the peak that its own collectives' schedule has: what it takes as a budget."""
+    peak = result.session.memory.under(found.layout).peak(found.layout)
+    return dataclasses.replace(found, peak=peak, fits=peak.bytes <= result.session.budget_bytes)
 
 
 def non_dominated(found: Sequence[Found]) -> tuple[Found, ...]:

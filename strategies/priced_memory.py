@@ -42,6 +42,7 @@ CHEAPEST, DEAREST = 0.01, 30.0
 """Prices of all memory, in steps, between which solutions are looked for."""
 _ROUNDS = {True: 12, False: 6}
 """Of prices: where thorough, and where not."""
+_BOUND_ROUNDS = 30
 _SHRINKING, _PATIENCE = 10, 2
 """Of minimising bytes alone: at most so many, and so many without a lower peak end it."""
 BYTES_ALONE = 1e3
@@ -108,7 +109,12 @@ class Priced:
     """
 
     def __init__(
-        self, problem: Problem, budget_bytes: float, memory: MemoryModel, free: Fit, starts: Sequence[Sequence[int]] = ()
+        self,
+        problem: Problem,
+        budget_bytes: float,
+        memory: MemoryModel,
+        free: Fit,
+        starts: Sequence[Sequence[int]] = (),
     ) -> None:
         self.problem, self.budget_bytes, self.memory = problem, budget_bytes, memory
         self.free = self.least = free
@@ -179,17 +185,17 @@ class Priced:
     def bound_s(self) -> float:
         """What no choice within the budget can be below: L of bytes that are surely there."""
         best = self.free.solution.bound_s
-        tried = set[tuple[int, ...]]()
-        for _ in range(_ROUNDS[True]):
+        stale = 0
+        for _ in range(_BOUND_ROUNDS):
             prices, most, _ = self._tried(surely=True)
             relaxed = self._relaxed[True]
             solution = relaxed.solve(prices, _BOUND_SWEEPS)
             if solution is None:
                 break
-            best = max(best, solution.bound_s + relaxed.constant_s(prices, self.budget_bytes))
-            if solution.choice in tried or most - best <= _PRICED_GAP * best:
+            before, best = best, max(best, solution.bound_s + relaxed.constant_s(prices, self.budget_bytes))
+            stale = 0 if best - before > _PRICED_GAP * best else stale + 1
+            if stale > _PATIENCE or most - best <= _PRICED_GAP * best:
                 break
-            tried.add(solution.choice)
             if solution.choice not in self._met:
                 self._met[solution.choice] = self._fit(solution.choice, solution.status)
         return best
@@ -199,19 +205,26 @@ class Priced:
         stale = 0
         for _ in range(rounds):
             before = self.least
-            if self.at(BYTES_ALONE) is None or self.least.fits:
+            prices, _, _ = self._tried(dearest=BYTES_ALONE)
+            solution = self._solved(prices)
+            if solution is None:
+                break
+            self._note(self._fit(solution.choice, solution.status, float(sum(prices))))
+            if self.least.fits:
                 break
             stale = stale + 1 if self.least is before else 0
             if stale > _PATIENCE:
                 break
 
-    def _tried(self, *, surely: bool = False) -> tuple[Floats, float, dict[tuple[int, ...], float]]:
+    def _tried(
+        self, *, surely: bool = False, dearest: float = DEAREST
+    ) -> tuple[Floats, float, dict[tuple[int, ...], float]]:
         """The prices where the lowest line of what was met is highest, its height, and the share of each line there."""
         relaxed = self._relax(surely=surely)
         choices = list(self._met)
         seconds = np.array([self._met[c].solution.objective_s for c in choices])
         over = np.array([relaxed.bytes(c) for c in choices]) - self.budget_bytes
-        prices, height, shares = highest(seconds, over / self.budget_bytes, DEAREST * self._step_s)
+        prices, height, shares = highest(seconds, over / self.budget_bytes, dearest * self._step_s)
         return prices / self.budget_bytes, height, dict(zip(choices, shares.tolist(), strict=True))
 
     def _relax(self, *, surely: bool) -> _Relaxed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,9 +31,9 @@ from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape, Spec, shard_count
 from ffjax.planner import trace_step
 from ffjax.strategies.budget import layout_of
+from ffjax.strategies.families import family_keys
 from ffjax.strategies.instants import Instants
 from ffjax.strategies.limited import limited
-from ffjax.strategies.families import family_keys
 from ffjax.strategies.problem import Problem, build_problem
 from tests.random_programs import Pick, drawn_picks, random_step
 

@@ -104,6 +104,8 @@ def solve(
     nodes (`most_nodes`) it does not.
     """
     began = time.perf_counter()
+    if any(limit.most <= 0 for limit in limits):
+        return None
     costs: list[float] = []
     integral: list[bool] = []
     upper: list[float] = []
@@ -116,10 +118,10 @@ def solve(
         integral += [len(node.candidates) > 1] * len(node.candidates)
         upper += [1.0] * len(node.candidates)
         rows.add(range(first[-1], len(costs)), [1.0] * len(node.candidates), 1.0, 1.0)
-        for limit, (columns, values) in zip(limits, limited, strict=True):
+        for limit, (where, taken) in zip(limits, limited, strict=True):
             if index in limit.nodes:
-                columns += range(first[-1], len(costs))
-                values += (limit.nodes[index] / limit.most).tolist()
+                where.extend(range(first[-1], len(costs)))
+                taken.extend((limit.nodes[index] / limit.most).tolist())
     for index, transfer in enumerate(problem.transfers):
         n, m = transfer.seconds.shape
         size = n * m
@@ -127,12 +129,12 @@ def solve(
         base = len(costs)
         possible = np.isfinite(transfer.seconds).ravel()
         priced = transfer.seconds.ravel() > 0
-        for limit, (columns, values) in zip(limits, limited, strict=True):
+        for limit, (where, taken) in zip(limits, limited, strict=True):
             if index in limit.transfers:
-                taken = limit.transfers[index].ravel()
-                columns += (base + np.flatnonzero(taken > 0)).tolist()
-                values += (taken[taken > 0] / limit.most).tolist()
-                priced |= taken > 0
+                cells = limit.transfers[index].ravel()
+                where.extend((base + np.flatnonzero(cells > 0)).tolist())
+                taken.extend((cells[cells > 0] / limit.most).tolist())
+                priced |= cells > 0
         costs += np.where(possible, transfer.seconds.ravel() * _SCALE, 0.0).tolist()
         integral += [False] * size
         upper += possible.astype(float).tolist()
@@ -148,14 +150,14 @@ def solve(
                     rows.add([base + int(i), start + int(i)], [1.0, -1.0], 0.0, highspy.kHighsInf)
             for r in range(n):
                 made = first[transfer.source] + np.flatnonzero(transfer.row_of == r)
-                cells = range(start + r * m, start + (r + 1) * m)
-                rows.add([*cells, *made.tolist()], [1.0] * m + [-1.0] * len(made), 0.0, 0.0)
+                row = range(start + r * m, start + (r + 1) * m)
+                rows.add([*row, *made.tolist()], [1.0] * m + [-1.0] * len(made), 0.0, 0.0)
             for j in range(m):
                 needed = first[consumer.node] + np.flatnonzero(consumer.column_of == j)
-                cells = range(start + j, start + size, m)
-                rows.add([*cells, *needed.tolist()], [1.0] * n + [-1.0] * len(needed), 0.0, 0.0)
-    for columns, values in limited:
-        rows.add(columns, values, -highspy.kHighsInf, 1.0)
+                column = range(start + j, start + size, m)
+                rows.add([*column, *needed.tolist()], [1.0] * n + [-1.0] * len(needed), 0.0, 0.0)
+    for where, taken in limited:
+        rows.add(where, taken, -highspy.kHighsInf, 1.0)
 
     highs = highspy.Highs()  # type: ignore[no-untyped-call]
     highs.silent()
@@ -182,9 +184,9 @@ def solve(
     seconds = time.perf_counter() - began
     if status == highspy.HighsModelStatus.kInfeasible or info.primal_solution_status != 2:
         return None
-    taken = np.array(highs.getSolution().col_value)
+    values = np.array(highs.getSolution().col_value)
     choice = tuple(
-        int(np.argmax(taken[start : start + len(node.candidates)]))
+        int(np.argmax(values[start : start + len(node.candidates)]))
         for start, node in zip(first, problem.nodes, strict=True)
     )
     # A problem without a choice (on one device) is a linear one: HiGHS then knows no such bound.
