@@ -86,7 +86,7 @@ def parse_bytes(text: str | float) -> int:
     if not (math.isfinite(value) and value >= 1):
         units = ", ".join(unit for unit in _UNITS if unit)
         raise ClusterError(f"{text!r} is no amount of memory; write bytes, or a number with a unit of {units}: '70GiB'")
-    return int(value)
+    return math.ceil(value)  # a plan's peak, which may be a part of a byte, is a budget that it fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

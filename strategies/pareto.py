@@ -57,7 +57,14 @@ def pareto_front(result: SearchResult, solves: int = SOLVES, progress: Progress 
         line.at(price)
     if lines:
         min(lines, key=lambda line: line.priced.least.peak.bytes).shrink()
-    return non_dominated(known + [f for line in lines for _, f in line.points])
+    front = non_dominated(known + [f for line in lines for _, f in line.points])
+    return non_dominated([_under_own_schedule(result, f) for f in front])
+
+
+def _under_own_schedule(result: SearchResult, found: Found) -> Found:
+    """With the peak that its own collectives' schedule has: what it takes as a budget."""
+    peak = result.session.memory.under(found.layout).peak(found.layout)
+    return dataclasses.replace(found, peak=peak, fits=peak.bytes <= result.session.budget_bytes)
 
 
 def non_dominated(found: Sequence[Found]) -> tuple[Found, ...]:
@@ -88,7 +95,7 @@ class _Line:
     def shrink(self) -> None:
         """Adds the least that is found, from the start: instants at which cheaper solutions peak only mislead."""
         before = self.priced
-        anew = Priced(before.problem, 0.0, before.memory, before.times, before.solver, before.free)
+        anew = Priced(before.problem, before.budget_bytes, before.memory, before.free)
         anew.at(DEAREST)
         anew.shrink()
         self.add(BYTES_ALONE, anew.least)
@@ -161,7 +168,7 @@ def _lines(result: SearchResult, base: Found, problem: Problem, known: Sequence[
         if solution is not None:
             # No budget is little enough: so the instants at which solutions peak are learnt from all of them.
             free = fit_of(objective, solution, 0.0, session.memory)
-            priced = Priced(objective, 0.0, session.memory, session.times, solver, free)
+            priced = Priced(objective, 1.0, session.memory, free)
             lines.append(_Line(result, base, problem, priced))
     return lines
 

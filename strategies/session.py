@@ -22,7 +22,7 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape, parts_of
 from ffjax.strategies.base import Role, Strategy
-from ffjax.strategies.budget import Fit, layout_of
+from ffjax.strategies.budget import Fit, layout_of, near, scheduled_peak
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods.refinement import Refinement
@@ -35,6 +35,9 @@ from ffjax.strategies.usage import Usage
 
 OBSERVED = 3
 """How often at most it is solved again with collectives as exposed as they are in the best plan there."""
+
+SCHEDULED = 32
+"""Of how many plans refinement looks at the own schedule, which takes long, where that may decide whether they fit."""
 
 AUTO = "auto"
 
@@ -178,10 +181,7 @@ class Session:
         free = start if start.strategy == AUTO else next((f for f in found if f.problem is problem), None)
         if choice is None or free is None:
             return []
-        method = Refinement(
-            self.simulator(start.mesh),
-            lambda c: self.memory.peak(layout_of(problem, c)).bytes <= self.budget_bytes,
-        )
+        method = Refinement(self.simulator(start.mesh), self._fits(problem))
         solution = method.solve(problem, [choice])
         if solution is None or solution.choice == choice:
             return []
@@ -199,6 +199,24 @@ class Session:
                 simulated=self.simulated(layout),
             )
         ]
+
+    def _fits(self, problem: Problem) -> Callable[[Sequence[int]], bool]:
+        """Whether choices fit, under their own schedules as well; after so many of those none does any more."""
+        scheduled = 0
+
+        def fits(choice: Sequence[int]) -> bool:
+            nonlocal scheduled
+            layout = layout_of(problem, choice)
+            most = self.memory.peak(layout)
+            if not near(most, self.budget_bytes):
+                return most.bytes <= self.budget_bytes
+            scheduled += 1
+            return (
+                scheduled <= SCHEDULED
+                and max(most.bytes, scheduled_peak(layout, self.budget_bytes, self.memory).bytes) <= self.budget_bytes
+            )
+
+        return fits
 
     def problem(self, mesh: MeshShape) -> Problem:
         """The whole space on a mesh, but for what pins leave out."""
@@ -220,7 +238,15 @@ class Session:
         began: float,
     ) -> Found | None:
         objective = problem if exposed is None else overlapped(problem, exposed)
-        fit = solve_within(objective, self.budget_bytes, self.memory, self.times, solver, starts, thorough=thorough)
+        fit = solve_within(
+            objective,
+            self.budget_bytes,
+            self.memory,
+            solver,
+            starts,
+            thorough=thorough,
+            mixed=thorough or name == AUTO,
+        )
         if fit is None:
             return None
         choice = fit.solution.choice

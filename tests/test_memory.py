@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,8 +30,10 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape, Spec, shard_count
 from ffjax.planner import trace_step
-from ffjax.strategies.budget import Instant, instant, layout_of
+from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
+from ffjax.strategies.instants import Instants
+from ffjax.strategies.limited import limited
 from ffjax.strategies.problem import Problem, build_problem
 from tests.random_programs import Pick, drawn_picks, random_step
 
@@ -253,22 +255,12 @@ def test_peaks_and_instants_agree_with_a_recount(
         assert found.bytes == pytest.approx(recount(layout, times))
         assert found.bytes >= sum(size for _, size in found.live) * (1 - 1e-9)
         # The solver's view of that instant: never less, so that what it fits into a budget does fit.
-        assert counted(problem, instant(problem, times, found.instant), choice) >= found.bytes * (1 - 1e-9)
+        instants = Instants(problem, memory)
+        assert limited(problem, instants, [found.instant]).bytes(choice)[0] >= found.bytes * (1 - 1e-9)
         # What is surely there: never more, so that what it proves is so. At any instant.
-        for at in (found.instant, int(rng.integers(len(regions.graph.ops)))):
-            surely = counted(problem, instant(problem, times, at, memory.last_at_home), choice)
+        ats = (found.instant, int(rng.integers(len(regions.graph.ops))))
+        for at, surely in zip(ats, limited(problem, instants, ats, surely=True).bytes(choice), strict=True):
             assert surely <= found.over_time[times.op_at[at] if at < len(times.when) else -1] * (1 + 1e-9)
-
-
-def counted(problem: Problem, entry: Instant, choice: Sequence[int]) -> float:
-    """The bytes of an instant under a choice."""
-    total = entry.fixed_bytes + sum(float(sizes[choice[node]]) for node, sizes in entry.node_bytes.items())
-    for index, sizes in entry.copy_bytes.items():
-        transfer = problem.transfers[index]
-        row = transfer.row_of[choice[transfer.source]]
-        columns = {int(c.column_of[choice[c.node]]) for c in transfer.consumers}
-        total += sum(float(sizes[j]) for j in columns if transfer.columns[j] != transfer.rows[row])
-    return total
 
 
 COMPILED: dict[str, tuple[str, dict[str, Any], str, bool]] = {

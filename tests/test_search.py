@@ -22,10 +22,13 @@ from ffjax.ir.spec import MeshShape
 from ffjax.strategies import session
 from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
+from ffjax.strategies.instants import Instants
+from ffjax.strategies.limited import limited
+from ffjax.strategies.methods import ilp
 from ffjax.strategies.methods.dual_ascent import Ascent
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import all_hidden, overlapped
-from ffjax.strategies.priced_memory import solve_within
+from ffjax.strategies.priced_memory import highest, solve_within
 from ffjax.strategies.problem import assignments, choice_of, restrict, total_seconds
 from ffjax.strategies.search import search
 from ffjax.strategies.session import AUTO
@@ -116,13 +119,48 @@ def test_what_fits_does_so_under_its_own_schedule(picks: list[Pick], mesh: MeshS
     layouts = [layout_of(problem, c) for c in choices(problem)]
     peaks = [memory.under(layout).peak(layout).bytes for layout in layouts]
     budget = min(peaks) + share * (max(peaks) - min(peaks))
-    fit = solve_within(problem, budget, memory, memory.times, Solver())
-    ample = solve_within(problem, max(peaks) * 2, memory, memory.times, Solver())
+    fit = solve_within(problem, budget, memory, Solver())
+    ample = solve_within(problem, max(peaks) * 2, memory, Solver())
     assert fit is not None
     assert ample is not None
     assert ample.fits
     if fit.fits:
         assert memory.under(fit.layout).peak(fit.layout).bytes <= budget
+
+
+@quick
+@given(picks=programs, mesh=meshes, share=st.floats(0.05, 1.0), seed=st.integers(0, 99))
+def test_limits_are_kept_by_the_best_that_keeps_them(
+    picks: list[Pick], mesh: MeshShape, share: float, seed: int
+) -> None:
+    """The integer program with limits on bytes at two instants, against trying everything."""
+    problem = small_problem(picks, mesh)
+    memory = MemoryModel(problem.regions, lifetimes(problem.regions.graph), family_keys(problem.regions))
+    ats = np.random.default_rng(seed).integers(len(problem.regions.graph.ops), size=2).tolist()
+    within = limited(problem, Instants(problem, memory), ats)
+    tried = [(within.bytes(c), c) for c in choices(problem)]
+    worst = [float(taken.max()) for taken, _ in tried]
+    budget = min(worst) + share * (max(worst) - min(worst))
+    found = ilp.solve(within.problem, limits=within.limits(budget * (1 + 1e-9)), gap=0.0)
+    assert found is not None
+    assert float(within.bytes(found.choice).max()) <= budget * (1 + 1e-6)
+    best = min(total_seconds(problem, c) for taken, c in tried if taken.max() <= budget)
+    assert total_seconds(problem, found.choice) <= best * (1 + 1e-4)
+    # Bytes at a price are what the limits count.
+    prices = np.array([1e-9, 3e-9])
+    bytes_that_vary = within.bytes(found.choice) - np.array([t.fixed_bytes for t in within.terms])
+    priced = total_seconds(within.priced(prices.tolist()), found.choice)
+    assert priced == pytest.approx(total_seconds(problem, found.choice) + float(prices @ bytes_that_vary))
+
+
+def test_where_the_lowest_line_is_highest() -> None:
+    seconds, over = np.array([1.0, 3.0]), np.array([[2.0], [-2.0]])
+    prices, height, shares = highest(seconds, over, 10.0)
+    assert prices == pytest.approx([0.5])
+    assert height == pytest.approx(2.0)
+    assert shares == pytest.approx([0.5, 0.5])
+    # No price is high enough where everything is over.
+    assert highest(seconds, abs(over), 10.0)[0] == pytest.approx([10.0])
 
 
 @quick
@@ -136,13 +174,14 @@ def test_a_budget_is_kept_and_found_where_there_is_one(picks: list[Pick], mesh: 
     budget = least + share * (most - least)
     best = min(s for b, s in tried if b <= budget)
 
-    fit = solve_within(problem, budget, memory, memory.times, Solver())
+    fit = solve_within(problem, budget, memory, Solver())
     assert fit is not None
     if fit.bound_within is not None:
         assert fit.bound_within() <= best * (1 + 1e-9)
     if fit.fits:
         assert fit.peak.bytes <= budget
         assert best * (1 - 2e-4) <= total_seconds(problem, fit.solution.choice)
+        assert total_seconds(problem, fit.solution.choice) <= best * 1.01
     else:
         # Bytes are priced by a few instants: the least that is found is near the least that there is.
         assert fit.peak.bytes <= least * 1.25

@@ -10,6 +10,7 @@ Variables
                 sum_j e[t, k, r, j] = sum_{c: row(c) = r} x[source, c]          made as the source makes it
                 sum_r e[t, k, r, j] = sum_{c: column(c) = j} x[consumer, c]     read as the consumer needs it
                 m[t, r, j] >= e[t, k, r, j]                                     one resharding serves all who need it
+                sum a[n][c] x[n, c] + sum b_t[r, j] m[t, r, j] <= most          for each `Limit`, of memory, say
 
 A transfer with one consumer has m = e. The polytope of e given x is that of a transportation problem, which makes the
 relaxation tight (Alpa, OSDI 2022, section 4.2, linearises the same products pair by pair).
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import highspy
@@ -52,6 +53,15 @@ class _Rows:
         self.upper.append(upper)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a choice may take in all: so much for candidates of nodes, and for cells of transfers."""
+
+    nodes: Mapping[int, Floats]
+    transfers: Mapping[int, Floats]
+    most: float
+
+
 class Exact:
     """The integer linear program alone, to within `gap` (a share of the optimum) or until the time is over."""
 
@@ -81,31 +91,50 @@ class Exact:
 
 
 def solve(
-    problem: Problem, *, time_limit_s: float = math.inf, most_nodes: int | None = None, gap: float = 1e-4
+    problem: Problem,
+    *,
+    limits: Sequence[Limit] = (),
+    time_limit_s: float = math.inf,
+    most_nodes: int | None = None,
+    gap: float = 1e-4,
 ) -> Solution | None:
-    """The best choice of candidates that is found within the limits, or None.
+    """The best choice of candidates that is found within `limits`, or None.
 
     With a limit on time the answer may depend on what else the machine does; with one on the branch-and-bound tree's
     nodes (`most_nodes`) it does not.
     """
     began = time.perf_counter()
+    if any(limit.most <= 0 for limit in limits):
+        return None
     costs: list[float] = []
     integral: list[bool] = []
     upper: list[float] = []
     rows = _Rows()
     first: list[int] = []
-    for node in problem.nodes:
+    limited: list[tuple[list[int], list[float]]] = [([], []) for _ in limits]
+    for index, node in enumerate(problem.nodes):
         first.append(len(costs))
         costs += (node.cost_s * _SCALE).tolist()
         integral += [len(node.candidates) > 1] * len(node.candidates)
         upper += [1.0] * len(node.candidates)
         rows.add(range(first[-1], len(costs)), [1.0] * len(node.candidates), 1.0, 1.0)
-    for transfer in problem.transfers:
+        for limit, (where, taken) in zip(limits, limited, strict=True):
+            if index in limit.nodes:
+                where.extend(range(first[-1], len(costs)))
+                taken.extend((limit.nodes[index] / limit.most).tolist())
+    for index, transfer in enumerate(problem.transfers):
         n, m = transfer.seconds.shape
         size = n * m
         shared = len(transfer.consumers) > 1
         base = len(costs)
         possible = np.isfinite(transfer.seconds).ravel()
+        priced = transfer.seconds.ravel() > 0
+        for limit, (where, taken) in zip(limits, limited, strict=True):
+            if index in limit.transfers:
+                cells = limit.transfers[index].ravel()
+                where.extend((base + np.flatnonzero(cells > 0)).tolist())
+                taken.extend((cells[cells > 0] / limit.most).tolist())
+                priced |= cells > 0
         costs += np.where(possible, transfer.seconds.ravel() * _SCALE, 0.0).tolist()
         integral += [False] * size
         upper += possible.astype(float).tolist()
@@ -117,16 +146,18 @@ def solve(
                 integral += [False] * size
                 upper += [1.0] * size
                 # Infinite ones too: m is bounded by 0 there.
-                for i in np.flatnonzero(transfer.seconds.ravel() > 0):
+                for i in np.flatnonzero(priced):
                     rows.add([base + int(i), start + int(i)], [1.0, -1.0], 0.0, highspy.kHighsInf)
             for r in range(n):
                 made = first[transfer.source] + np.flatnonzero(transfer.row_of == r)
-                cells = range(start + r * m, start + (r + 1) * m)
-                rows.add([*cells, *made.tolist()], [1.0] * m + [-1.0] * len(made), 0.0, 0.0)
+                row = range(start + r * m, start + (r + 1) * m)
+                rows.add([*row, *made.tolist()], [1.0] * m + [-1.0] * len(made), 0.0, 0.0)
             for j in range(m):
                 needed = first[consumer.node] + np.flatnonzero(consumer.column_of == j)
-                cells = range(start + j, start + size, m)
-                rows.add([*cells, *needed.tolist()], [1.0] * n + [-1.0] * len(needed), 0.0, 0.0)
+                column = range(start + j, start + size, m)
+                rows.add([*column, *needed.tolist()], [1.0] * n + [-1.0] * len(needed), 0.0, 0.0)
+    for where, taken in limited:
+        rows.add(where, taken, -highspy.kHighsInf, 1.0)
 
     highs = highspy.Highs()  # type: ignore[no-untyped-call]
     highs.silent()
