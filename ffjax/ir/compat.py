@@ -268,7 +268,8 @@ def with_scan_body(params: Mapping[str, Any], body: core.ClosedJaxpr, constants:
         changed["ft_in"] = flattree.pack((flattree.nones(constants + len(consts)), carry, xs))
     else:  # before jax 0.11
         changed["num_consts"] += constants
-        changed["linear"] = (False,) * constants + tuple(params["linear"])
+        if "linear" in params:  # before jax 0.10
+            changed["linear"] = (False,) * constants + tuple(params["linear"])
     return changed
 
 
