@@ -111,6 +111,8 @@ def _collectives(layout: Layout, compiler: Compiler) -> list[_Collective]:
     waits_for = [0] * len(graph.values)
     copies: dict[tuple[int, Spec, int], int] = {}
     readers: dict[int, list[tuple[int, int]]] = {}
+    crossed = _crossed(graph)
+    entered = [0] * len(graph.scopes)
     for op in graph.ops:
         above = 0
         needed = min((rank[v] for v in op.results), default=len(graph.outputs))
@@ -129,7 +131,7 @@ def _collectives(layout: Layout, compiler: Compiler) -> list[_Collective]:
                 if step is None:
                     continue
                 at = copies[value, spec, op.scope] = len(found)
-                body = _body(graph, graph.values[value].scope)
+                body = _body(graph, op.scope)  # of a branch, which reshards what it reads itself
                 combines = compiler.combines_gathers and step[0] == "all_gather"
                 readers[at] = []
                 found.append(
@@ -144,6 +146,9 @@ def _collectives(layout: Layout, compiler: Compiler) -> list[_Collective]:
             found[at].place = min(found[at].place, (needed, op.id))
             readers[at].append((value, op.id))
             above |= found[at].waits_for | 1 << at
+        if op.id in crossed:
+            entered[crossed[op.id]] |= above
+            above = entered[crossed[op.id]]
         axes = layout.partial_axes(op.id)
         for value in op.results:
             waits_for[value] = above
@@ -167,6 +172,20 @@ def _collectives(layout: Layout, compiler: Compiler) -> list[_Collective]:
     for at, who in readers.items():
         found[at].move = dataclasses.replace(found[at].move, readers=tuple(who))
     return found
+
+
+def _crossed(graph: Graph) -> dict[int, int]:
+    """For what enters or leaves a loop or a branch its equation's first body.
+
+    It runs as one: what leaves waits for all that enters, also for what it is not computed from.
+    """
+    return {
+        border: scopes[0]
+        for scopes in graph.scopes_of.values()
+        for scope in scopes
+        if graph.scopes[scope].kind != "remat"
+        for border in (*graph.scopes[scope].enter, *graph.scopes[scope].exit)
+    }
 
 
 def _adds(kind: str) -> str:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import pathlib
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import ffjax
-from ffjax.cost.compilers import XLA_GPU
+from ffjax.cost.compilers import XLA_CPU, XLA_GPU, Compiler
 from ffjax.cost.latency_hiding import LOOP, Node, schedule
 from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.moves import moves_of
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from running import eager_cluster
 
 
 def node(position: int, *reads: int, cost: float = 1.0, start: int = -1, alone: bool = False) -> Node:
@@ -63,7 +71,7 @@ def test_gradients_are_merged_up_to_a_size_in_the_order_of_results() -> None:
     merged = layout.regions.merged_sums
     groups = [m.values for m in moves_of(layout, XLA_GPU) if not m.readers and merged[m.values[0]]]
     assert max(len(g) for g in groups) > 4
-    alone = [m.values for m in moves_of(layout, ffjax.cost.compilers.Compiler()) if not m.readers]
+    alone = [m.values for m in moves_of(layout, Compiler()) if not m.readers]
     assert all(sum(graph.values[v].bytes for v in values) == 0 or len(values) == 1 for values in alone)
     assert {v for g in groups for v in g} == {v for g in alone for v in g if merged[v]}
     times = lifetimes(graph, XLA_GPU, moves_of(layout, XLA_GPU))
@@ -73,3 +81,18 @@ def test_gradients_are_merged_up_to_a_size_in_the_order_of_results() -> None:
         assert max(made) < start <= end
         assert all(times.sums[v] == (start, end) for v in values)
     assert np.array_equal(np.sort(times.when), np.arange(len(graph.ops)))
+
+
+@pytest.mark.parametrize("compiler", [XLA_CPU, XLA_GPU], ids=["cpu", "gpu"])
+def test_what_leaves_a_loop_waits_for_all_that_enters_it(compiler: Compiler) -> None:
+    """One sum enters the loop; the other is of what leaves it, which does not depend on the first: they stay two."""
+
+    def step(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total, rest = jax.lax.fori_loop(0, 3, lambda _, c: (c[0] / 2, jnp.sin(c[1])), (x.sum(), y))
+        return total, rest.sum()
+
+    x = jnp.ones((16, 8))
+    layout = ffjax.plan(step, x, x, cluster=eager_cluster(), mesh={"x": 8}, pins={"x": P("x"), "y": P("x")}).bound
+    summed = [move.values for move in moves_of(layout, compiler) if not move.readers]
+    assert len(summed) == 2, summed
+    lifetimes(layout.graph, compiler, moves_of(layout, compiler))

@@ -377,6 +377,21 @@ def unrolled_program_of_a_thousand_equations() -> Case:
 
 
 @idiom()
+def loops_that_hold_what_is_not_related() -> Case:
+    """A sum enters a loop, and what leaves it and does not depend on that is summed: the two sums cannot be one."""
+
+    def step(x: Array, y: Array) -> tuple[Array, Array, Array]:
+        def body(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            return carry[0] / 2, jnp.sin(carry[1])
+
+        total, rest = jax.lax.fori_loop(0, 3, body, (x.sum(), y))
+        mean, rest = jax.lax.cond(rest[0, 0] > 0, lambda a, b: (a + 1, b), lambda a, b: (a - 1, b * 2), total, rest)
+        return mean, rest.sum(), y.max()
+
+    return Case(step=step, args=(values(16, 8), values(16, 8, seed=2)))
+
+
+@idiom()
 def carried_tuple_rotates() -> Case:
     """A delay line: each trip shifts the carry's elements by one."""
 
