@@ -20,8 +20,8 @@ TITLE = "## What a host holds"
 NOTES = (
     "`python benchmarks/checkpoint_memory.py`: two processes of four CPU devices each, a state of {whole} MiB in "
     "{arrays} arrays, sharded by fsdp over 8 devices, saved, and restored under fsdp+tensor_parallel on 4x2. `own` is "
-    "what the devices of a process have of it; `peak` is by how much the process grows at most meanwhile (resident bytes, "
-    "the kernel's high-water mark): when saving beside the state, when restoring with it. A host that held the whole "
+    "what the devices of a process have of it; `peak` is by how much the process grows at most meanwhile (resident "
+    "bytes, the kernel's high-water mark): when saving beside the state, when restoring with it. A host that held the whole "
     "would grow by {whole} MiB and more when saving, by {both} when restoring."
 )
 
@@ -98,7 +98,7 @@ def main() -> None:
             "4",
             "--cpu",
         ]
-        run = subprocess.run([*command, __file__, folder], capture_output=True, text=True, timeout=300)
+        run = subprocess.run([*command, __file__, folder], check=True, capture_output=True, text=True, timeout=300)
     print(run.stdout, run.stderr)
     rows = sorted(re.findall(r"ROW\|(\w+)\|(\d)\|(\d+)\|(\d+)", run.stdout), key=lambda r: (r[0] != "save", r))
     whole = ARRAYS * ROWS * COLUMNS * 4 // 2**20

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _PER_TURN = 9
-"""Equations that one turn adds, forward and backward, about. A product each: compilers take long over chains of ops that
-they fuse."""
+"""Equations that one turn adds, forward and backward. It has a product: XLA takes long over chains that it fuses."""
 
 
 def long_step(equations: int, *, called: bool = False) -> tuple[Any, Any, Any]:
