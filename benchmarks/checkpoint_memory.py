@@ -21,8 +21,8 @@ NOTES = (
     "`python benchmarks/checkpoint_memory.py`: two processes of four CPU devices each, a state of {whole} MiB in "
     "{arrays} arrays, sharded by fsdp over 8 devices, saved, and restored under fsdp+tensor_parallel on 4x2. `own` is "
     "what the devices of a process have of it; `peak` is by how much the process grows at most meanwhile (resident "
-    "bytes, the kernel's high-water mark): when saving beside the state, when restoring with it. A host that held the whole "
-    "would grow by {whole} MiB and more when saving, by {both} when restoring."
+    "bytes, the kernel's high-water mark): when saving beside the state, when restoring with it. A host that held the "
+    "whole would grow by {whole} MiB and more when saving, by {both} when restoring."
 )
 
 

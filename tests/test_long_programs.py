@@ -1,4 +1,7 @@
-"""Steps of two thousand equations at the top level, or in one `jit` call, run sharded (`benchmarks/long_programs.py`: 70,000)."""
+"""Steps of two thousand equations at the top level, or in one `jit` call, run sharded.
+
+`benchmarks/long_programs.py` does it with 70,000.
+"""
 
 from __future__ import annotations
 
