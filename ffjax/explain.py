@@ -53,9 +53,14 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     lines += ["", "arguments"]
     lines += table([(path, count, spec) for path, count, spec in _collapsed(plan.args)][:limit], empty="none")
     hot = sorted(plan.decisions, key=lambda d: -d.seconds)
+    less = any(d.runner_up and d.runner_up_extra_s < 0 for d in plan.decisions)
     lines += [
         "",
         "what costs most, and the runner-up: what it would add to the step (all members of a family together)",
+        *(
+            ["  (-: less as a sum of costs; this plan hides more of its communication, or the other does not fit)"]
+            * less
+        ),
     ]
     lines += table(
         [
@@ -225,7 +230,8 @@ def _split(decision: Decision) -> str:
 def _runner_up(decision: Decision) -> str:
     if not decision.runner_up:
         return "no other"
-    return f"else {decision.runner_up}: +{seconds_text(decision.runner_up_extra_s)}"
+    extra_s = decision.runner_up_extra_s
+    return f"else {decision.runner_up}: {'-' if extra_s < 0 else '+'}{seconds_text(abs(extra_s))}"
 
 
 def short_source(where: str) -> str:

@@ -22,7 +22,7 @@ from ffjax.errors import ClusterError, PlanError
 from ffjax.fingerprint import program_fingerprint
 from ffjax.inputs import argnums, cluster_of
 from ffjax.ir.compat import no_mesh
-from ffjax.ir.trace import Program, function_name
+from ffjax.ir.trace import Program, argument_names, function_name
 from ffjax.kept import as_planned, devices_of
 from ffjax.options import StepOptions
 from ffjax.placing import apart, place
@@ -139,7 +139,8 @@ class Sharded:
           donate: gives each array up as soon as it is moved, so that both states never exist at once.
 
         Raises:
-          PlanError: before there is a plan, or where the state fits none of the step's arguments.
+          PlanError: before there is a plan (call `step.plan(state, batch)`, of shapes too, first), or where the state
+            fits none of the step's arguments.
         """
         return self._with_plan("place_state", lambda places, _: places.place_state(state, argument, donate=donate))
 
@@ -194,9 +195,10 @@ class Sharded:
                     return use(self._places(entry), entry.program)
             except PlanError as error:
                 first = first or error
+        given = ", ".join(argument_names(self._step, 2)) or "*args"
         raise first or PlanError(
-            f"{name}.{what} has no plan yet. Remedy: call {name}.plan(jax.eval_shape(init, *args), batch) first; "
-            "shapes will do."
+            f"{name}.{what} has no plan yet, which says where arrays go. Remedy: call {name}.plan({given}) first, with "
+            "arrays or shapes (of a state that is not there yet: jax.eval_shape(init, *args)), or run a step."
         )
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> nnx.Call:

@@ -106,7 +106,12 @@ OPTIONS: dict[str, tuple[Call, type[FfjaxError], str]] = {
     "init before there is a plan": (
         lambda: ffjax.autoshard(step).init(lambda: arguments()[0]),
         PlanError,
-        r"step.init has no plan yet.*step.plan\(jax.eval_shape",
+        r"step.init has no plan yet.*step.plan\(state, batch\) first.*jax.eval_shape",
+    ),
+    "a state placed before there is a plan": (
+        lambda: ffjax.autoshard(step).place_state(arguments()[0]),
+        PlanError,
+        r"step.place_state has no plan yet.*call step.plan\(state, batch\) first, with arrays or shapes.*or run a step",
     ),
 }
 

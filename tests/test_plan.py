@@ -204,6 +204,17 @@ def test_explain_is_a_page_that_says_why() -> None:
         assert len(plan.explain(details=True)) > len(text)
 
 
+def test_a_runner_up_that_would_cost_less_is_shown_so() -> None:
+    plan = planned()
+    hot = max((d for d in plan.decisions if d.runner_up), key=lambda d: d.seconds)
+    less = dataclasses.replace(hot, runner_up_extra_s=-230e-6)
+    shown = dataclasses.replace(plan, decisions=tuple(less if d is hot else d for d in plan.decisions)).explain()
+    assert f"else {hot.runner_up}: -230 us" in shown
+    assert "+-" not in shown
+    assert "(-: less as a sum of costs" in shown
+    assert "(-: less" not in plan.explain()
+
+
 def test_diff_is_empty_for_equals_and_names_what_changed() -> None:
     plan = planned()
     assert plan.diff(plan) == ""
