@@ -1,9 +1,9 @@
 """Which ops XLA puts into one kernel, and which values are in memory between kernels.
 
     fused          elementwise ops, broadcasts, layout changes and reductions: they join what reads them
-    in memory      what no fused op makes, or something other than one reads, but as indices; reductions; what is read in
-                   another order of dimensions than its own; arithmetic that several ops read at other indices than
-                   their own
+    in memory      what no fused op makes, or something other than one reads, but not as indices; reductions; what is
+                   read in another order of dimensions than its own; arithmetic that several ops read at other indices
+                   than their own
     a pass         fused ops none of which waits for an op that does work, or for a sum over other than rows, that
                    another of them feeds
 
