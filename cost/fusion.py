@@ -1,8 +1,9 @@
 """Which ops XLA puts into one kernel, and which values are in memory between kernels.
 
     fused          elementwise ops, broadcasts, layout changes and reductions: they join what reads them
-    in memory      what no fused op makes, or something other than one reads; reductions; what is read in another order
-                   of dimensions than its own; arithmetic that several ops read at other indices than their own
+    in memory      what no fused op makes, or something other than one reads, but not as indices; reductions; what is
+                   read in another order of dimensions than its own; arithmetic that several ops read at other indices
+                   than their own
     a pass         fused ops none of which waits for an op that does work, or for a sum over other than rows, that
                    another of them feeds
 
@@ -33,6 +34,13 @@ FREE = frozenset(
     ]
 )
 """Ops that run nothing."""
+_INDICES = {
+    "gather": slice(1, 2),
+    "scatter": slice(1, 2),
+    "dynamic_slice": slice(1, None),
+    "dynamic_update_slice": slice(2, None),
+}
+"""The operands that say where: such an op computes them itself from what they are made of."""
 _INDEXING = frozenset({"slice", "pad", "concatenate", "split", "rev"})
 
 
@@ -110,8 +118,10 @@ def materialised(graph: Graph, fused: Sequence[bool] | None = None, kept: Sequen
                 for value in op.results:
                     in_memory[value] = False
             continue
+        indices = _INDICES.get(op.kind.partition("-")[0], slice(0))
+        computed = set(op.operands[indices]) - set(op.operands[: indices.start])
         for value in op.operands:
-            if value != NO_VALUE and not graph.values[value].constant:
+            if value != NO_VALUE and not graph.values[value].constant and value not in computed:
                 in_memory[value] = True
     return in_memory
 

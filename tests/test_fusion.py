@@ -110,3 +110,14 @@ def test_what_is_sliced_twice_is_kept() -> None:
     graph = graph_of(f, (64, 8), (64, 8))
     (op,) = (o for o in graph.ops if o.kind == "mul")
     assert find_fusions(graph).in_memory[op.results[0]]
+
+
+def test_indices_are_computed_where_they_are_used() -> None:
+    def step(table: jax.Array, rows: jax.Array, updates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return table[rows], table.at[rows].add(updates)
+
+    table, rows = jax.ShapeDtypeStruct((512, 64), jnp.float32), jax.ShapeDtypeStruct((128,), jnp.int32)
+    updates = jax.ShapeDtypeStruct((128, 64), jnp.float32)
+    made = kernels(find_regions(build_graph(trace_step(step, (table, rows, updates), {}))))
+    # Negative rows are counted from the end: that is arithmetic on the rows, but no kernel.
+    assert sum(k.launches for k in made) == 2
