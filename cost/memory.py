@@ -8,7 +8,7 @@
 
 `ffjax.cost.lifetimes` says when each value is alive, under the order and the fusions of the platform's compiler;
 sharding decides how large it is, and which copies of it there are. Every term is a value's bytes over the pieces that
-one candidate of one region (or of a pair) cuts it into, so the search bounds the same sum (`strategies/budget.py`).
+one candidate of one region (or of a pair) cuts it into, so the search bounds the same sum (`strategies/instants.py`).
 """
 
 from __future__ import annotations
