@@ -70,6 +70,23 @@ def test_the_batch_is_found(step: Callable[..., object], args: tuple[object, ...
     assert _batch(step, args) == (set() if size is None else {size})
 
 
+def messages(layers: Layers, batch: dict[str, jax.Array]) -> Layers:
+    """Trains on a graph of 40 edges between 16 nodes; `places` are of the 12 features, which stand beside nodes."""
+
+    def loss(layers: Layers) -> jax.Array:
+        edges = jnp.tanh(batch["nodes"][batch["senders"]] @ layers[0])
+        nodes = jax.ops.segment_sum(edges @ layers[1], batch["receivers"], num_segments=16)
+        return jnp.sum((nodes + (batch["nodes"] * batch["places"]) @ layers[0]) @ layers[2])
+
+    return jax.tree.map(jnp.subtract, layers, jax.grad(loss)(layers))
+
+
+def test_nodes_and_edges_of_a_graph_are_both_counted_by_the_batch() -> None:
+    ends = jnp.zeros(40, jnp.int32)
+    batch = {"nodes": X, "senders": ends, "receivers": ends, "places": jnp.ones(12)}
+    assert _batch(messages, (LAYERS, batch)) == {16, 40}
+
+
 def test_the_words_of_a_key_are_no_batch() -> None:
     assert 2 not in _batch(sample, (LAYERS, KEY))
 

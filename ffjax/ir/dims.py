@@ -41,14 +41,15 @@ def named_dims(regions: Regions) -> NamedDims:
 
 
 def _batch(regions: Regions, of: list[tuple[frozenset[int], ...]]) -> frozenset[int]:
-    """The dimension that the step's data has in front.
+    """The dimension that the step's data has in front; several where examples are counted in several ways.
 
     Data are the arguments that the step does not replace. In front is the first dimension that an op can split: a
     leading one that a scan walks over (time, microbatches) cannot be, nor the words of a random key. Weights are among
     such arguments where the step only reads them (evaluation, generation, adapters): the batch takes part in more
     products than any of their dimensions, the arrays of one argument agree on it, and fewer products sum over it. Where
     the data is replaced, too (tokens and their caches), the batch takes part in more products than what is left, and
-    none sums over it.
+    none sums over it. Nodes and edges of graphs, images and boxes of ragged lists: what else is in front in the
+    argument of the batch, takes part in products, and is never in one array with it, counts examples, too.
     """
     graph = regions.graph
     tied = {arg for arg, _ in graph.program.ties}
@@ -75,7 +76,26 @@ def _batch(regions: Regions, of: list[tuple[frozenset[int], ...]]) -> frozenset[
 
     found = max(list(shares), key=rank, default=frozenset[int]())
     inside = max((dim for dim in state if dim and not uses.sums(dim)), key=rank, default=frozenset[int]())
-    return inside if uses.products(inside) > uses.products(found) else found
+    if uses.products(inside) > uses.products(found):
+        return inside
+    others = [dim for own in votes.values() if found in own for dim in own.keys() - {found} if uses.products(dim)]
+    beside = _beside(regions, of, found) if others else frozenset[int]()
+    return found.union(*(dim for dim in others if dim.isdisjoint(beside)))
+
+
+def _beside(regions: Regions, of: list[tuple[frozenset[int], ...]], dim: frozenset[int]) -> set[int]:
+    """The named dimensions of the values that have this one, among them itself."""
+    found = set[int]()
+    for region in regions.regions:
+        names = of[region.id]
+        if not any(dim & own for own in names):
+            continue
+        for dims in region.dims:
+            for value in (*dims.operands, *dims.results):
+                inside = {name for atoms in value for atom in atoms for name in names[atom]}
+                if not dim.isdisjoint(inside):
+                    found |= inside
+    return found
 
 
 class _Uses:
