@@ -27,8 +27,9 @@ import dataclasses
 import functools
 import math
 
-from ffjax.cost.cluster import Cluster, Link
+from ffjax.cost.cluster import Cluster
 from ffjax.cost.compilers import compiler_of
+from ffjax.cost.hardware import Link
 from ffjax.cost.meshes import AxisGroup
 from ffjax.cost.op_times import Source
 from ffjax.cost.profiles.link_fits import lie, link_fits

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ffjax.cost.cluster import Platform
+from ffjax.cost.hardware import Platform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

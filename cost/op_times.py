@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.cluster import Cluster, Device
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.hardware import Device
 from ffjax.cost.kernels import Kernel
 from ffjax.cost.profiles.interpolate import Nearness, Table
 from ffjax.cost.profiles.profile import Analysis, Key, Profile, Sample

@@ -15,7 +15,7 @@ from typing import TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ffjax.cost.cluster import Device
+from ffjax.cost.hardware import Device
 
 Floats: TypeAlias = NDArray[np.float64]
 

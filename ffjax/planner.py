@@ -13,7 +13,8 @@ from typing import Any
 
 from ffjax import nnx
 from ffjax.by_hand import check_by_hand, mesh_by_hand
-from ffjax.cost.cluster import Cluster, parse_bytes
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.hardware import parse_bytes
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import BudgetError, FfjaxWarning, PinError, PlanError, PlanMismatch
 from ffjax.finalists import settle

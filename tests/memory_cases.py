@@ -16,8 +16,8 @@ from pathlib import Path
 
 from plan_lines import layout_of
 
-from ffjax.cost.cluster import Platform
 from ffjax.cost.compilers import compiler_of
+from ffjax.cost.hardware import Platform
 from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.memory import MemoryModel
 from ffjax.ir.graph import build_graph

@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import ffjax
-from ffjax.cost.cluster import Cluster, parse_bytes
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.hardware import parse_bytes
 from ffjax.errors import (
     BudgetError,
     ClusterError,

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffjax.cost.cluster import Cluster, by_host, parse_bytes
+from ffjax.cost.cluster import Cluster, by_host
+from ffjax.cost.hardware import parse_bytes
 from ffjax.cost.meshes import AxisGroup, axis_group, candidate_meshes
 from ffjax.cost.roofline import op_seconds
 from ffjax.errors import ClusterError

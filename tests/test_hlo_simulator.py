@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ffjax.cost.cluster import Cluster, Device, Link
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.hardware import Device, Link
 from ffjax.cost.hlo.collectives import reached
 from ffjax.cost.hlo.costs import Work, work_of
 from ffjax.cost.hlo.module import Module, parse_module

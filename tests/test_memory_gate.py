@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ffjax.cost.cluster import Platform
+from ffjax.cost.hardware import Platform
 
 sys.path.insert(0, str(Path(__file__).parent))
 from memory_cases import RECORDED, Recorded, predictions

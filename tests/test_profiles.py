@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import ffjax
-from ffjax.cost.cluster import Cluster, Device
+from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel, described_coefficients
+from ffjax.cost.hardware import Device
 from ffjax.cost.kernels import Kernel, kernels
 from ffjax.cost.meshes import AxisGroup
 from ffjax.cost.op_times import OpTimes

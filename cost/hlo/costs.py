@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ffjax.cost.cluster import Device
+from ffjax.cost.hardware import Device
 from ffjax.cost.hlo.flops import MOVES, library_call, matmul_flops, other_flops
 from ffjax.cost.hlo.module import Computation, Instruction, Module
 from ffjax.cost.hlo.shapes import arrays, numpy_dtype, shape_elements

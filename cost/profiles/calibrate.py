@@ -20,7 +20,8 @@ from statistics import median
 
 import numpy as np
 
-from ffjax.cost.cluster import Cluster, Device, Link
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.hardware import Device, Link
 from ffjax.cost.profiles.link_fits import Line, fit_line, link_fits
 from ffjax.cost.profiles.profile import Profile, Sample, jax_version
 from ffjax.cost.profiles.store import open_profile

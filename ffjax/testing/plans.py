@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from ffjax.cost.cluster import Cluster, parse_bytes
+from ffjax.cost.cluster import Cluster
+from ffjax.cost.hardware import parse_bytes
 from ffjax.cost.hlo.collectives import collectives_of
 from ffjax.errors import BudgetError, FfjaxError
 from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
