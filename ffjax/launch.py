@@ -177,12 +177,13 @@ def _spawn(start: Start, command: Sequence[str], events: queue.SimpleQueue[_Chil
 
 def _pump(child: _Child, last: collections.deque[str], source: BinaryIO, target: BinaryIO) -> None:
     prefix = f"[{child.name}] ".encode()
-    for line in source:
-        if _NOISE.search(line) or not line.strip():
-            continue
-        last.append(line.decode(errors="replace").rstrip())
-        target.write(prefix + line.rstrip(b"\n") + b"\n")
-        target.flush()
+    with source:
+        for line in source:
+            if _NOISE.search(line) or not line.strip():
+                continue
+            last.append(line.decode(errors="replace").rstrip())
+            target.write(prefix + line.rstrip(b"\n") + b"\n")
+            target.flush()
 
 
 def _wait(child: _Child, events: queue.SimpleQueue[_Child | int]) -> None:

@@ -27,7 +27,7 @@ from ffjax.kept import as_planned, devices_of
 from ffjax.options import StepOptions
 from ffjax.placing import apart, place
 from ffjax.plan import Plan
-from ffjax.plan_cache import cached_plan
+from ffjax.plan_cache import CachedPlan
 from ffjax.planner import bind_program, plan_program
 from ffjax.remat import alternatives, trace_call, under
 from ffjax.state import Places, batch_arguments, prefetched
@@ -239,7 +239,7 @@ class Sharded:
             if given is None:
                 found = self._known(call, program)
             else:
-                found = self._agreed(call, program, functools.partial(bind_program, given, program))
+                found = self._agreed(call, program, search=functools.partial(bind_program, given, program))
             self._entries[signature] = _Entry(plan=found, program=found.bound.graph.program)
         return self._entries[signature]
 
@@ -251,15 +251,18 @@ class Sharded:
                 wanted = program_fingerprint(as_planned(same, entry.plan))
                 if (entry.plan.remat, entry.plan.fingerprint) == (same.remat, wanted):
                     return bind_program(entry.plan, same)
-        return self._agreed(call, program, functools.partial(self._cached, call, program))
+        return self._cached(call, program)
 
-    def _agreed(self, call: nnx.Call, program: Program, find: Callable[[], Plan]) -> Plan:
+    def _agreed(
+        self, call: nnx.Call, program: Program, search: Callable[[], Plan], cached: CachedPlan | None = None
+    ) -> Plan:
         """The plan that all processes of a run use: one of them finds it, the others take what it found."""
         return agreed_plan(
             program,
             self._options.facts(),
-            find=find,
+            search=search,
             bind=lambda plan: bind_program(plan, under(call, program, plan.remat)),
+            cached=cached,
         )
 
     def _runner(self, entry: _Entry) -> _Runner:
@@ -290,13 +293,9 @@ class Sharded:
             asked = dataclasses.replace(options, cluster=cluster)
             return plan_program(program, asked, others=alternatives(call, program, options.remat))
 
-        def bound(plan: Plan) -> Plan:
-            return bind_program(plan, under(call, program, plan.remat))
-
         folder = self._options.cache
-        if folder is None:
-            return searched()
-        return cached_plan(folder, program, options, cluster, bind=bound, search=searched)
+        cached = None if folder is None else CachedPlan.at(folder, program, options, cluster)
+        return self._agreed(call, program, searched, cached)
 
 
 def _kinds(leaves: Sequence[Any]) -> Hashable:
