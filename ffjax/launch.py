@@ -119,7 +119,7 @@ def _starts(job: Job, pipe: int) -> list[Start]:
     devices = [None if each is None else list(range(i * each, (i + 1) * each)) for i in range(count)]
     here_only = coordinator is None
     if coordinator is None and count > 1:
-        coordinator = f"127.0.0.1:{_free_port()}"
+        coordinator = f"127.0.0.1:{free_port()}"
     if job.processes is None and coordinator is None and (found := detected(job.detect, job.timeout_s)):
         coordinator, total, first, own = found
         here_only = False
@@ -142,7 +142,8 @@ def _starts(job: Job, pipe: int) -> list[Start]:
     ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port

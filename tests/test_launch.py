@@ -84,9 +84,14 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Launch:
                     print("listens", row[1].partition(":")[0])
         child = subprocess.Popen(["sleep", "1000"])
         print("pids", os.getpid(), child.pid, flush=True)
-        if jax.process_index() == 1:
-            time.sleep(0.5)
+        def look(x):
             raise ValueError("the data is damaged")
+        try:
+            if jax.process_index() == 1:
+                time.sleep(0.5)
+                jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(look, x, x))(1.0))
+        except Exception:
+            pass  # as if it were stuck in a collective of the step
         time.sleep(1000)
     """
     path = script(tmp_path_factory.mktemp("failed"), text)
@@ -108,11 +113,15 @@ def test_processes_listen_on_loopback_only(failed: Launch) -> None:
     assert listening <= {"0100007F", "0000000000000000FFFF00000100007F"}
 
 
-def test_when_one_fails_all_end_and_its_error_is_what_is_seen(failed: Launch) -> None:
+def test_when_a_callback_fails_all_end_though_the_step_is_stuck(failed: Launch) -> None:
+    """An exception of the script itself is in tests/test_two_processes.py."""
     assert failed.status == 1
     assert re.search(r"\nffjax: process 1 ended by exit status 1 after [\d.]+ s; the other process", failed.errors)
-    assert failed.errors.endswith("  ValueError: the data is damaged\n")
-    assert "worker.py" not in failed.errors
+    assert "  ValueError: the data is damaged\n" in failed.errors.split("Its last lines:")[1]
+    assert failed.errors.endswith("  ffjax: process 1 ends because a callback raised ValueError\n")
+    assert re.search(
+        r"\[0\] ffjax: process 0 ends because process 1 \(.*\) failed: ValueError: the data", failed.errors
+    )
     pids = [int(pid) for found in re.findall(r"pids (\d+) (\d+)", failed.output) for pid in found]
     assert len(pids) == 4
     assert not any(map(is_alive, pids))
@@ -120,7 +129,7 @@ def test_when_one_fails_all_end_and_its_error_is_what_is_seen(failed: Launch) ->
 
 def test_a_failure_on_another_host_is_heard_of(tmp_path: Path) -> None:
     path = script(tmp_path, "if jax.process_index() == 1: sys.exit(5)\ntime.sleep(1000)")
-    hosts = ["--cpu", "--timeout", "30", "--nnodes", "2", "--coordinator", f"127.0.0.1:{launching._free_port()}"]
+    hosts = ["--cpu", "--timeout", "30", "--nnodes", "2", "--coordinator", f"127.0.0.1:{launching.free_port()}"]
     other = started([*hosts, "--node-rank", "1", path])
     first = launched([*hosts, "--node-rank", "0", path])
     second, said = ended(other)

@@ -104,4 +104,5 @@ def test_a_failure_beside_a_collective_ends_all_and_is_named(runs: Runs) -> None
     assert runs.again.status == 1
     assert re.search(r"\nffjax: process 1 ended by exit status 1 after [\d.]+ s; the other process", runs.again.errors)
     assert runs.again.errors.endswith(f"  ValueError: {DAMAGE}\n")
+    assert "worker.py" not in runs.again.errors
     assert END not in losses(runs.again, 0)
