@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ffjax.launch import free_port
+
 ROOT = Path(__file__).parents[1]
 FAULTY, TRAIN = str(ROOT / "benchmarks" / "faulty.py"), str(ROOT / "examples" / "launch" / "train.py")
 LIMIT_S = 90.0
@@ -82,10 +84,10 @@ class Host:
         return [int(p) for p in Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()]
 
 
-def hosts(fault: str, *options: list[str], timeout_s: int = 10, count: int = 2) -> list[list[str]]:
-    """One process on each host, unless its options say otherwise."""
-    port = free_port()
-    common = ["--cpu", "--timeout", str(timeout_s), "--lost-after", "10", "--nnodes", str(count)]
+def hosts(fault: str, *options: list[str], count: int = 2, port: int | None = None) -> list[list[str]]:
+    """One process on each host, unless its options say otherwise; process 0 listens on the port."""
+    port = port or free_port()
+    common = ["--cpu", "--timeout", "10", "--lost-after", "10", "--nnodes", str(count)]
     return [
         [*common, "--coordinator", f"127.0.0.1:{port}", "--node-rank", str(rank), *own, FAULTY, fault]
         for rank, own in enumerate(options)
@@ -106,6 +108,13 @@ def cases(folder: Path) -> list[Case]:
     return [
         Case(
             name="exception", what="an exception in one process", limit="at once", hosts=local("exception"), at="step 3"
+        ),
+        Case(
+            name="callback",
+            what="an exception in the middle of a step (in a callback), the others in a collective",
+            limit="at once",
+            hosts=local("callback"),
+            at="step 3",
         ),
         Case(name="exit", what="one process exits with 5", limit="at once", hosts=local("exit"), at="step 3"),
         Case(name="killed", what="one process is killed", limit="at once", hosts=local("killed"), at="step 3"),
@@ -163,7 +172,7 @@ def cases(folder: Path) -> list[Case]:
             name="port in use",
             what="the coordinator's port is in use",
             limit="at once, the others --timeout 10",
-            hosts=[[*args[:8], f"127.0.0.1:{taken}", *args[9:]] for args in hosts("none", [], [])],
+            hosts=hosts("none", [], [], port=taken),
             environment={0: {"FFJAX_FAULTS_PORT": str(taken)}},
         ),
         Case(
@@ -198,11 +207,6 @@ def cases(folder: Path) -> list[Case]:
             signals={0: signal.SIGKILL},
         ),
     ]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def run(case: Case) -> tuple[float, list[str]]:

@@ -41,6 +41,18 @@ def main() -> None:
             state, loss = train.train_step(state, batch)
             return state, 2.0 * loss
 
+    if fault == "callback":
+        batches = iter(range(STEPS))
+
+        def look(x):
+            """Runs in process 0."""
+            if next(batches) == 3:
+                raise ValueError("the data of step 3 is damaged")
+
+        def train_step(state, batch):
+            jax.debug.callback(look, batch["x"][0, 0])
+            return train.train_step(state, batch)
+
     step = ffjax.autoshard(train_step, **options)
     if fault == "order" and wrong:
         time.sleep(3600)

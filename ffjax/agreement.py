@@ -1,8 +1,9 @@
 """One plan for all processes of a run: process 0 has it searched, the others take it, or all stop and say who differs.
 
 Through the key-value store, for the n-th plan of the run: process 0 writes what it plans, `asked`; each other compares
-that with its own, and writes how it differs, `differs/<id>`, empty where it does not; process 0 then writes the `plan`
-or what is wrong. So whatever happens in time is known to all, and each wait has a limit.
+that with its own, and answers how it `differs`, and whether its own cache `has` the plan, `answer/<id>`; process 0 then
+writes the `plan`, or which process shall, `plan of <id>`, or what is wrong. So whatever happens in time is known to
+all, and each wait has a limit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ffjax.errors import DistributedError, FfjaxError
 from ffjax.ir.trace import Program
 from ffjax.key_value import KeyValueStore
 from ffjax.plan import Plan
+from ffjax.plan_cache import CachedPlan
 
 SEARCH_S = 3600.0
 """How long the others wait for process 0's search. If process 0 dies they end at once."""
@@ -57,27 +59,39 @@ class Asked:
 
 
 def agreed_plan(
-    program: Program, options: Mapping[str, object], *, find: Callable[[], Plan], bind: Callable[[Plan], Plan]
+    program: Program,
+    options: Mapping[str, object],
+    *,
+    search: Callable[[], Plan],
+    bind: Callable[[Plan], Plan],
+    cached: CachedPlan | None = None,
 ) -> Plan:
-    """The plan that all processes of this run use; with one process, what it finds.
+    """The plan that all processes of this run use: from process 0's cache, or another's, or searched.
 
     Args:
       program: that is planned.
       options: what else all must ask for alike, by the names that errors use.
-      find: searches or loads the plan; called in process 0 only.
-      bind: puts a plan on the program, in the others.
+      search: called in process 0, or in a process alone, where no process has the plan.
+      bind: puts a plan on the program.
+      cached: the plan's place in this process's cache, where it is afterwards; a folder of its own, or shared by all.
 
-    Raises, in all processes alike: what `find` raises; DistributedError that says which process differs and in what, or
-    which has not asked for this plan in time.
+    Raises, in all processes alike: what `search` raises; DistributedError that says which process differs and in what,
+    or which has not asked for this plan in time.
     """
     store = distributed.store()
+    known = None if cached is None else cached.read(bind)
     if store is None:
-        return find()
-    asked = _asked(program, options)
-    prefix = f"ffjax/plan/{next(_numbers)}"
-    if jax.process_index() == 0:
-        return _lead(store, prefix, asked, find)
-    return bind(Plan.from_json(_follow(store, prefix, asked), "of process 0"))
+        plan = known or search()
+    else:
+        asked = _asked(program, options)
+        prefix = f"ffjax/plan/{next(_numbers)}"
+        if jax.process_index() == 0:
+            plan = _lead(store, prefix, asked, known, bind, search)
+        else:
+            plan = _follow(store, prefix, asked, known, bind)
+    if cached is not None and known is None:
+        cached.keep(plan)
+    return plan
 
 
 def _asked(program: Program, options: Mapping[str, object]) -> Asked:
@@ -103,11 +117,21 @@ def _sorted_set(found: re.Match[str]) -> str:
     return "{" + ", ".join(sorted(found[1].split(", "))) + "}"
 
 
-def _lead(store: KeyValueStore, prefix: str, asked: Asked, find: Callable[[], Plan]) -> Plan:
+def _lead(
+    store: KeyValueStore,
+    prefix: str,
+    asked: Asked,
+    known: Plan | None,
+    bind: Callable[[Plan], Plan],
+    search: Callable[[], Plan],
+) -> Plan:
     try:
         store.put(f"{prefix}/asked", json.dumps(dataclasses.asdict(asked)))
-        _check_others(store, prefix, asked)
-        plan = find()
+        others = _answers(store, prefix, asked)
+        if known is None and others:
+            store.put(f"{prefix}/plan", json.dumps({"of": others[0]}))
+            return bind(_plan_of(store, prefix, others[0]))
+        plan = known or search()
     except BaseException as error:
         kind = type(error).__name__
         said = f"process 0 (on {asked.host}), which searches, raised {kind}: {error}. Remedy: see its log."
@@ -119,17 +143,23 @@ def _lead(store: KeyValueStore, prefix: str, asked: Asked, find: Callable[[], Pl
     return plan
 
 
-def _check_others(store: KeyValueStore, prefix: str, asked: Asked) -> None:
+def _answers(store: KeyValueStore, prefix: str, asked: Asked) -> list[int]:
+    """The processes whose caches have the plan; raises DistributedError unless all have asked for the same."""
     limit_s = distributed.timeout_s()
     deadline = distributed.deadline(limit_s)
     wrong = []
     absent = []
+    have = []
     for other in range(1, jax.process_count()):
-        said = store.get(f"{prefix}/differs/{other}", max(deadline(), 0.01))
+        said = store.get(f"{prefix}/answer/{other}", max(deadline(), 0.01))
         if said is None:
             absent.append(str(other))
-        elif said:
-            wrong.append(f"process {other} {said}")
+            continue
+        answer = json.loads(said)
+        if answer["differs"]:
+            wrong.append(f"process {other} {answer['differs']}")
+        if answer["has"]:
+            have.append(other)
     if wrong:
         more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
         raise DistributedError(
@@ -142,9 +172,10 @@ def _check_others(store: KeyValueStore, prefix: str, asked: Asked) -> None:
             f"process 0 plans {asked.facts['step']}, but process {named} did not within {limit_s:g} s. Remedy: call "
             "the step, or its plan, in all processes and in the same order; a longer timeout if some come late."
         )
+    return have
 
 
-def _follow(store: KeyValueStore, prefix: str, asked: Asked) -> str:
+def _follow(store: KeyValueStore, prefix: str, asked: Asked, known: Plan | None, bind: Callable[[Plan], Plan]) -> Plan:
     limit_s = distributed.timeout_s()
     me = f"process {jax.process_index()} (on {asked.host})"
     first = store.get(f"{prefix}/asked", limit_s)
@@ -154,17 +185,35 @@ def _follow(store: KeyValueStore, prefix: str, asked: Asked) -> str:
             "its plan, in all processes and in the same order; a longer timeout if some come late."
         )
     differs = asked.differs(Asked(**json.loads(first)))
-    store.put(f"{prefix}/differs/{jax.process_index()}", f"(on {asked.host}): {differs}" if differs else "")
+    answer = {"differs": differs and f"(on {asked.host}): {differs}", "has": known is not None}
+    store.put(f"{prefix}/answer/{jax.process_index()}", json.dumps(answer))
     said = store.get(f"{prefix}/plan", SEARCH_S + limit_s)
     if said is None:
         raise DistributedError(
             f"{me} got no plan of {asked.facts['step']} from process 0 within {SEARCH_S + limit_s:g} s. Remedy: plan "
             "with ffjax.plan beforehand, and run with plan=."
         )
-    content: dict[str, str] = json.loads(said)
+    content = json.loads(said)
     if "error" in content:
         raise getattr(ffjax.errors, content["kind"], DistributedError)(content["error"])
-    return content["plan"]
+    if "plan" in content:
+        return bind(Plan.from_json(content["plan"], "of process 0"))
+    if known is not None and content["of"] == jax.process_index():
+        store.put(f"{prefix}/plan of {content['of']}", known.to_json())
+        return known
+    return bind(_plan_of(store, prefix, content["of"]))
+
+
+def _plan_of(store: KeyValueStore, prefix: str, process: int) -> Plan:
+    """What another process has in its cache, once it has written it."""
+    limit_s = distributed.timeout_s()
+    text = store.get(f"{prefix}/plan of {process}", limit_s)
+    if text is None:
+        raise DistributedError(
+            f"process {process} has the plan in its cache, but did not give it within {limit_s:g} s. Remedy: see its "
+            "log."
+        )
+    return Plan.from_json(text, f"of process {process}")
 
 
 def _first_difference(ours: str, theirs: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, Unpack, overload
 import jax
 from jax.sharding import PartitionSpec
 
+from ffjax.arguments import ArgumentOptions, Names, Numbers
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import TraceError
 from ffjax.ir.compat import AS_WRITTEN
@@ -33,8 +34,10 @@ class Keywords(TypedDict, total=False):
     keep_shardings: bool
     plan: Plan | str | os.PathLike[str] | None
     cache: str | os.PathLike[str] | None
-    static_argnums: int | Sequence[int]
-    donate_argnums: int | Sequence[int]
+    static_argnums: Numbers
+    static_argnames: Names
+    donate_argnums: Numbers
+    donate_argnames: Names
     devices: Sequence[jax.Device] | None
     progress: Progress | None
 
@@ -57,8 +60,10 @@ def autoshard(
     keep_shardings: bool = True,
     plan: Plan | str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: Numbers = None,
+    static_argnames: Names = None,
+    donate_argnums: Numbers = None,
+    donate_argnames: Names = None,
     devices: Sequence[jax.Device] | None = None,
     progress: Progress | None = None,
 ) -> Sharded | Callable[[Callable[..., Any]], Sharded]:
@@ -77,7 +82,7 @@ def autoshard(
         the step, stay as they are; see `ffjax.plan`.
       plan: a plan (or its file) to run instead of searching one.
       cache: a folder of plans: one found there for the same program and options is used again.
-      static_argnums, donate_argnums: as in `jax.jit`.
+      static_argnums, static_argnames, donate_argnums, donate_argnames: as in `jax.jit`.
       devices: those to run on; by default all.
       progress: called with what the search is doing and the share that is done.
 
@@ -110,8 +115,12 @@ def autoshard(
         ),
         plan=plan if plan is None or isinstance(plan, Plan) else Plan.load(plan),
         cache=cache,
-        static_argnums=static_argnums,
-        donate_argnums=donate_argnums,
+        arguments=ArgumentOptions(
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+            donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
+        ),
         devices=devices,
     )
     options.check()

@@ -16,9 +16,10 @@ from jax.sharding import SingleDeviceSharding
 from jax.tree_util import keystr
 
 from ffjax import nnx
+from ffjax.cost.cluster import parse_bytes
 from ffjax.errors import FfjaxError
 from ffjax.ir.compat import is_extended
-from ffjax.ir.trace import abstract
+from ffjax.ir.trace import abstract, nbytes
 from ffjax.plan import Plan
 
 _STATE, _PLAN = "state", "plan.json"
@@ -52,12 +53,14 @@ def save(folder: str | os.PathLike[str], state: Any, *, plan: Plan | None = None
         plan.save(target / _PLAN)
 
 
-def restore(folder: str | os.PathLike[str], target: Any) -> Any:
+def restore(folder: str | os.PathLike[str], target: Any, *, host_memory: str | float = "4GiB") -> Any:
     """Reads a state, each device just its own piece, however it was sharded when it was saved.
 
     Args:
       folder: what `save` was given.
       target: what each array shall be: `step.abstract_state(state)` for a plan, `on_device(state)` for one device.
+      host_memory: bytes (`"4GiB"` or a number) of pieces on their way to the devices that a process holds at most; but
+        always as many as one array takes to be read, which is up to twice its size.
 
     Returns:
       The state, shaped like `target`. Arrays of NNX objects go back by `flax.nnx.update(model, restored)`.
@@ -72,7 +75,10 @@ def restore(folder: str | os.PathLike[str], target: Any) -> Any:
         raise FfjaxError(
             f"{os.fspath(folder)!r} has no saved state. Remedy: the folder that checkpoint.save was given."
         )
-    with _orbax().StandardCheckpointer() as checkpointer:
+    largest = max((nbytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(target)), default=0.0)
+    # What is read at once must be less than Orbax's limit; whole chunks are read, which may reach over an array's end.
+    limit_bytes = max(parse_bytes(host_memory), 2 * largest + 1)
+    with _orbax().StandardCheckpointer(restore_concurrent_gb=limit_bytes / 1e9) as checkpointer:
         if wrong := _differences(checkpointer.metadata(path).item_metadata, target):
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise FfjaxError(

@@ -12,6 +12,8 @@ import click
 import jax
 
 from ffjax import planner
+from ffjax.cli_options import LOCAL, cluster_named, settings_of
+from ffjax.cli_output import progress_bar
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.profiles import store as profile_store
 from ffjax.cost.profiles.calibrate import calibrated, cluster_text
@@ -24,12 +26,95 @@ from ffjax.measure import Case, Measured, Progress, describe
 from ffjax.plan import Plan
 from ffjax.profile import layouts_of, needs, profile
 from ffjax.profile_grid import grid, kinds
-from ffjax.targets import Target
+from ffjax.targets import Target, load_target
 
 _SHOWN = 5
 
 
-def cases_for(
+def _check_kinds(ctx: click.Context, param: click.Parameter, names: Sequence[str]) -> Sequence[str]:
+    unknown = [name for name in names if name not in kinds()]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is no kind of work; known: {', '.join(kinds())}")
+    return names
+
+
+@click.command("profile", short_help="Measures the devices that are here.")
+@click.argument("target", metavar="[FILE.py:FUNCTION]", required=False)
+@click.option("--cluster", default=LOCAL, show_default=True, help="Whose plans matter: as for `plan`.")
+@click.option("--hosts", type=click.IntRange(min=1), help="Hosts of that cluster, in place of its own number.")
+@click.option("--devices-per-host", type=click.IntRange(min=1), help="Devices of each host, likewise.")
+@click.option("--plan", "plan_file", metavar="PLAN.json", help="Only the local shapes of this plan of the target.")
+@click.option("--args", "args_from", metavar="FUNCTION", help="Gives the arguments' shapes, as example_args.")
+@click.option("--preset", help="A class method of the module's Config, such as gpt2.")
+@click.option("--set", "settings", multiple=True, callback=settings_of, metavar="FIELD=VALUE", help="Of the Config.")
+@click.option("--donate", multiple=True, type=int, help="An argument that the step replaces, by its number.")
+@click.option("--only", multiple=True, callback=_check_kinds, help="Kinds of work; by default all.")
+@click.option("--grid/--no-grid", default=True, help="Sizes that any program may have, after the target's.")
+@click.option("--analyse", is_flag=True, help="Times nothing: asks XLA's cost analysis of the target's ops.")
+@click.option("--seconds", default=300.0, show_default=True, type=click.FloatRange(min=1), help="When to stop.")
+@click.option("--database", help="Where to keep it; by default where Cluster.local() looks.")
+@click.option("--out", help="A text file (.toml) for all that is known of this kind of device and jax.")
+@click.option("--cluster-out", help="A cluster file (.toml) with figures fitted to it.")
+def profile_command(
+    target: str | None,
+    cluster: str,
+    hosts: int | None,
+    devices_per_host: int | None,
+    plan_file: str | None,
+    args_from: str | None,
+    preset: str | None,
+    settings: dict[str, str],
+    donate: tuple[int, ...],
+    only: Sequence[str],
+    grid: bool,
+    analyse: bool,
+    seconds: float,
+    database: str | None,
+    out: str | None,
+    cluster_out: str | None,
+) -> None:
+    """Measures the devices that are here: ops and collectives, for plans by measured costs.
+
+    With a target the ops of its plans come first, at the local shapes that they have there. Results are added to a
+    database; plans use it by themselves for the local devices, and elsewhere with --profile.
+
+    \b
+    ffjax profile --out h100.toml --cluster-out my-h100.toml
+    ffjax profile examples/gpt.py:train_step --cluster h100 --hosts 8 --preset gpt2 --no-grid
+    """
+    if plan_file is not None and target is None:
+        raise click.UsageError(
+            "--plan needs the target that it is a plan of: ffjax profile FILE.py:FUNCTION --plan ..."
+        )
+    wanted = cluster_named(cluster, hosts, devices_per_host)
+    here = _here_as(wanted, timed=not analyse)
+    loaded = None if target is None else load_target(target, args=args_from, preset=preset, settings=settings)
+    with progress_bar() as tell:
+        cases = _cases_for(
+            loaded,
+            dataclasses.replace(wanted, profile=None),
+            here,
+            plan=plan_file,
+            only=only,
+            with_grid=grid and not analyse,
+            donate=donate,
+            progress=tell,
+        )
+    for line in _run(
+        cases,
+        here,
+        seconds=seconds,
+        timed=not analyse,
+        analysed=analyse,
+        database=database,
+        out=out,
+        cluster_out=cluster_out,
+        progress=progress_bar(),
+    ):
+        click.echo(line)
+
+
+def _cases_for(
     target: Target | None,
     cluster: Cluster,
     here: Cluster,
@@ -58,7 +143,7 @@ def cases_for(
     return cases
 
 
-def run_profile(
+def _run(
     cases: Sequence[Case],
     here: Cluster,
     *,
@@ -118,14 +203,7 @@ def _report(measured: Profile, cases: Sequence[Case], fitted: Cluster) -> Iterat
     )
 
 
-def check_kinds(ctx: click.Context, param: click.Parameter, names: Sequence[str]) -> Sequence[str]:
-    unknown = [name for name in names if name not in kinds()]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is no kind of work; known: {', '.join(kinds())}")
-    return names
-
-
-def here_as(cluster: Cluster, *, timed: bool) -> Cluster:
+def _here_as(cluster: Cluster, *, timed: bool) -> Cluster:
     """The cluster's description with the devices that are here; the whole of it where nothing is timed."""
     if not timed:
         return dataclasses.replace(cluster, profile=None)

@@ -227,6 +227,25 @@ def _watch(process_id: int, processes: int, timeout_s: float, lost_s: float) -> 
         fail(f"{kind.__name__}: {error}")
 
     sys.excepthook = uncaught
+    compat.when_a_callback_fails(lambda error: _callback_failed(run, error))
+
+
+def _callback_failed(run: _Run, error: BaseException) -> None:
+    """In the thread of a callback that raises: tells the others, which wait in the step's next collective.
+
+    So may this process's own main thread, which otherwise ends it by the error.
+    """
+    if run.status:
+        return
+    fail(f"{type(error).__name__}: {error}")
+
+    def end() -> None:
+        # Before the others are, by whose end it would be ended; but the coordinator goes last.
+        time.sleep(_GRACE_S * (1.5 if run.process_id == 0 else 0.5))
+        print(f"ffjax: process {run.process_id} ends because a callback raised {type(error).__name__}", file=sys.stderr)
+        _exit_now(run.status)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _await_cause(run: _Run) -> None:

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ffjax.cost.cluster import Cluster
-from ffjax.errors import BudgetError, ClusterError, FfjaxWarning, PlanError
+from ffjax.errors import BudgetError, ClusterError, FfjaxWarning
 from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.dims import named_dims
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.search import SearchResult
 from ffjax.units import amount
-
-
-def argnums(numbers: int | Sequence[int], count: int, option: str) -> tuple[int, ...]:
-    """Argument numbers as non-negative ones; raises PlanError for those that there are not."""
-    given = (numbers,) if isinstance(numbers, int) else tuple(numbers)
-    for number in given:
-        if not isinstance(number, int):
-            raise PlanError(f"{option}={numbers!r}: {number!r} is no number. Remedy: positions, such as {option}=0.")
-        if not -count <= number < count:
-            raise PlanError(
-                f"{option}={numbers!r}: there is no argument {number}, the step was given {count}. Remedy: count "
-                "positional arguments from 0; keyword arguments have no number."
-            )
-    return tuple(n % count for n in given)
 
 
 def cluster_of(cluster: Cluster | None) -> Cluster:

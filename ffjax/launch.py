@@ -119,7 +119,7 @@ def _starts(job: Job, pipe: int) -> list[Start]:
     devices = [None if each is None else list(range(i * each, (i + 1) * each)) for i in range(count)]
     here_only = coordinator is None
     if coordinator is None and count > 1:
-        coordinator = f"127.0.0.1:{_free_port()}"
+        coordinator = f"127.0.0.1:{free_port()}"
     if job.processes is None and coordinator is None and (found := detected(job.detect, job.timeout_s)):
         coordinator, total, first, own = found
         here_only = False
@@ -142,7 +142,8 @@ def _starts(job: Job, pipe: int) -> list[Start]:
     ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
@@ -177,12 +178,13 @@ def _spawn(start: Start, command: Sequence[str], events: queue.SimpleQueue[_Chil
 
 def _pump(child: _Child, last: collections.deque[str], source: BinaryIO, target: BinaryIO) -> None:
     prefix = f"[{child.name}] ".encode()
-    for line in source:
-        if _NOISE.search(line) or not line.strip():
-            continue
-        last.append(line.decode(errors="replace").rstrip())
-        target.write(prefix + line.rstrip(b"\n") + b"\n")
-        target.flush()
+    with source:
+        for line in source:
+            if _NOISE.search(line) or not line.strip():
+                continue
+            last.append(line.decode(errors="replace").rstrip())
+            target.write(prefix + line.rstrip(b"\n") + b"\n")
+            target.flush()
 
 
 def _wait(child: _Child, events: queue.SimpleQueue[_Child | int]) -> None:

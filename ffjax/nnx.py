@@ -8,12 +8,13 @@ extra result, with which the caller's objects are updated. Flax is imported only
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from ffjax.arguments import Marked
 from ffjax.ir.trace import argument_names
 
 
@@ -25,28 +26,45 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     static_argnums: tuple[int, ...]
+    static_argnames: tuple[str, ...]
     donate_argnums: tuple[int, ...]
+    donate_argnames: tuple[str, ...]
     finish: Callable[[Any], Any]
+
+    @property
+    def static(self) -> dict[int | str, Hashable]:
+        """The static arguments, by number or keyword."""
+        return {i: self.args[i] for i in self.static_argnums} | {k: self.kwargs[k] for k in self.static_argnames}
+
+    @property
+    def traced(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The other arguments and keywords, as the program has them."""
+        args = tuple(a for i, a in enumerate(self.args) if i not in self.static_argnums)
+        return args, {k: v for k, v in self.kwargs.items() if k not in self.static_argnames}
 
 
 def as_function(
     step: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    static_argnums: tuple[int, ...],
-    donate_argnums: tuple[int, ...],
+    static: Marked,
+    donated: Marked,
 ) -> Call:
     """The call as it is, or, if NNX objects are among its arguments, one on their state."""
+    static_argnums, static_argnames = static.numbers(len(args)), static.names(kwargs)
+    donate_argnums, donate_argnames = donated.numbers(len(args)), donated.names(kwargs)
     names = argument_names(step, len(args))
     objects = {names[i]: a for i, a in enumerate(args) if i not in static_argnums and has_objects(a)}
-    objects |= {k: v for k, v in kwargs.items() if has_objects(v)}
+    objects |= {k: v for k, v in kwargs.items() if k not in static_argnames and has_objects(v)}
     if not objects:
         return Call(
             step=step,
             args=tuple(args),
             kwargs=kwargs,
             static_argnums=static_argnums,
+            static_argnames=static_argnames,
             donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
             finish=lambda result: result,
         )
     from flax import nnx
@@ -67,13 +85,15 @@ def as_function(
         nnx.update(objects, result[0].arrays)
         return result[1]
 
-    donates = any(names[i] in objects for i in donate_argnums)
+    donates = any(name in objects for name in (*donate_argnames, *(names[i] for i in donate_argnums)))
     return Call(
         step=run,
         args=(_split(objects), *(args[i] for i in plain)),
         kwargs={k: v for k, v in kwargs.items() if k not in objects},
         static_argnums=tuple(1 + plain.index(i) for i in static_argnums),
+        static_argnames=static_argnames,
         donate_argnums=(0,) * donates + tuple(1 + plain.index(i) for i in donate_argnums if i in plain),
+        donate_argnames=tuple(k for k in donate_argnames if k not in objects),
         finish=finish,
     )
 

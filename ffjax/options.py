@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import jax
 
+from ffjax.arguments import ArgumentOptions
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import PlanError
 from ffjax.fingerprint import digest
@@ -64,8 +65,7 @@ class StepOptions:
     search: SearchOptions
     plan: Plan | None
     cache: str | os.PathLike[str] | None
-    static_argnums: int | Sequence[int]
-    donate_argnums: int | Sequence[int]
+    arguments: ArgumentOptions
     devices: Sequence[jax.Device] | None
 
     def facts(self) -> dict[str, str]:

@@ -8,13 +8,14 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ffjax import plots
+from ffjax.arguments import Names, Numbers
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.html_page import html_table, page
 from ffjax.cost.simulation.limits import MoreMemory
@@ -187,8 +188,10 @@ def pareto(
     strategy: str = AUTO,
     mesh: Mapping[str, int] | None = None,
     pins: Pins | None = None,
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: Numbers = None,
+    static_argnames: Names = None,
+    donate_argnums: Numbers = None,
+    donate_argnames: Names = None,
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Front:
@@ -200,7 +203,15 @@ def pareto(
       TraceError, ClusterError, PinError, PlanError: each names the input and the remedy.
     """
     began = time.perf_counter()
-    program = trace_step(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    program = trace_step(
+        step,
+        args,
+        kwargs,
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
+        donate_argnums=donate_argnums,
+        donate_argnames=donate_argnames,
+    )
     options = SearchOptions(cluster=cluster, memory=memory, strategy=strategy, mesh=mesh, pins=pins, progress=progress)
     asked = ProgramSearch(program, options, trace_s=time.perf_counter() - began)
     result = asked.search(asked.budget_bytes)

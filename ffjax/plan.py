@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 from jax.sharding import PartitionSpec
 
+from ffjax.arguments import Names, Numbers
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.estimate import Estimate
 from ffjax.cost.profiles.files import replace_file
@@ -213,15 +214,24 @@ class Plan:
         self,
         step: Any,
         *args: Any,
-        static_argnums: int | Sequence[int] = (),
-        donate_argnums: int | Sequence[int] = (),
+        static_argnums: Numbers = None,
+        static_argnames: Names = None,
+        donate_argnums: Numbers = None,
+        donate_argnames: Names = None,
         **kwargs: Any,
     ) -> Plan:
         """This plan on a program: traces `step` and checks that it is the one that the plan was made for."""
         from ffjax.planner import bind_program, trace_step
 
         program = trace_step(
-            step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums, remat=self.remat
+            step,
+            args,
+            kwargs,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+            donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
+            remat=self.remat,
         )
         return bind_program(self, program)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ffjax.cost.cluster import Cluster
@@ -14,40 +15,46 @@ from ffjax.ir.trace import Program
 from ffjax.options import SearchOptions
 from ffjax.plan import Plan
 
+_TO_THE_CALLER = 8
+"""Of `read` and `keep`, under `agreed_plan`: the line that called the step."""
 
-def cached_plan(
-    folder: str | os.PathLike[str],
-    program: Program,
-    options: SearchOptions,
-    cluster: Cluster,
-    *,
-    bind: Callable[[Plan], Plan],
-    search: Callable[[], Plan],
-) -> Plan:
-    """The plan in the folder for this program and these options, or a new one, which is then put there.
 
-    Warns where a plan in the folder cannot be used, and where the new one cannot be written.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPlan:
+    """The place in the folder for the plan of one program and some options."""
 
-    Args:
-      bind: puts a loaded plan on the program; raises PlanError for one that does not fit it.
-      search: makes the new one.
-    """
-    carried = program.carried if options.keep_shardings else ()
-    asked = (program_fingerprint(program), carried, options.key(cluster))
-    path = Path(folder) / f"{program.name}-{digest(asked)}.json"
-    if path.exists():
+    path: Path
+
+    @classmethod
+    def at(
+        cls, folder: str | os.PathLike[str], program: Program, options: SearchOptions, cluster: Cluster
+    ) -> CachedPlan:
+        """The place for what is asked of a program on a cluster."""
+        carried = program.carried if options.keep_shardings else ()
+        asked = (program_fingerprint(program), carried, options.key(cluster))
+        return cls(path=Path(folder) / f"{program.name}-{digest(asked)}.json")
+
+    def read(self, bind: Callable[[Plan], Plan]) -> Plan | None:
+        """The plan that is there, put on the program by `bind`; None, with a warning, where it cannot be used."""
+        if not self.path.exists():
+            return None
         try:
-            return bind(Plan.load(path))
+            return bind(Plan.load(self.path))
         except PlanError as error:
-            warnings.warn(f"the cached plan cannot be used and is searched again: {error}", FfjaxWarning, stacklevel=7)
-    found = search()
-    try:
-        found.save(path)
-    except OSError as error:
-        warnings.warn(
-            f"the plan could not be put into cache={os.fspath(folder)!r}: {error.strerror}. Remedy: name a folder that "
-            "can be written.",
-            FfjaxWarning,
-            stacklevel=7,
-        )
-    return found
+            warnings.warn(
+                f"the cached plan cannot be used and is replaced: {error}", FfjaxWarning, stacklevel=_TO_THE_CALLER
+            )
+            return None
+
+    def keep(self, plan: Plan) -> None:
+        """Puts a plan there, unless another process has; warns where that cannot be."""
+        try:
+            if not self.path.exists() or self.path.read_bytes() != plan.to_json().encode():
+                plan.save(self.path)
+        except OSError as error:
+            warnings.warn(
+                f"the plan could not be put into cache={os.fspath(self.path.parent)!r}: {error.strerror}. Remedy: name "
+                "a folder that can be written.",
+                FfjaxWarning,
+                stacklevel=_TO_THE_CALLER,
+            )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ffjax import nnx
+from ffjax.arguments import ArgumentOptions, Names, Numbers
 from ffjax.by_hand import check_by_hand, mesh_by_hand
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.hardware import parse_bytes
@@ -19,7 +20,7 @@ from ffjax.emit.emit import partition_spec
 from ffjax.errors import BudgetError, FfjaxWarning, PinError, PlanError, PlanMismatch
 from ffjax.finalists import settle
 from ffjax.fingerprint import fingerprint
-from ffjax.inputs import argnums, cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
+from ffjax.inputs import cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.graph import build_graph
@@ -50,8 +51,10 @@ def plan(
     verify: str = NEVER,
     remat: str = AS_WRITTEN,
     keep_shardings: bool = True,
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: Numbers = None,
+    static_argnames: Names = None,
+    donate_argnums: Numbers = None,
+    donate_argnames: Names = None,
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Plan:
@@ -73,7 +76,7 @@ def plan(
         is another program, with other memory and rounding than the one that was asked for, and takes a search more.
       keep_shardings: whether arguments that are sharded already, and sharding constraints in the step, stay as they are
         (with `strategy="auto"`, on their mesh); False plans all anew. See `ffjax.kept`.
-      static_argnums, donate_argnums: as in `jax.jit`.
+      static_argnums, static_argnames, donate_argnums, donate_argnames: as in `jax.jit`.
       progress: called with what is being done and the share that is done.
 
     Raises:
@@ -98,7 +101,13 @@ def plan(
         progress=progress,
     )
     options.check()
-    call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
+    marks = ArgumentOptions(
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
+        donate_argnums=donate_argnums,
+        donate_argnames=donate_argnames,
+    )
+    call = call_of(step, args, kwargs, marks)
     program = trace_call(call, remat)
     others = alternatives(call, program, remat)
     return plan_program(program, options, others=others, trace_s=time.perf_counter() - began)
@@ -109,31 +118,29 @@ def trace_step(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     *,
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: Numbers = None,
+    static_argnames: Names = None,
+    donate_argnums: Numbers = None,
+    donate_argnames: Names = None,
     remat: str = AS_WRITTEN,
 ) -> Program:
     """Traces a step; one that takes NNX objects is made a function of their state first."""
-    call = call_of(step, args, kwargs, static_argnums=static_argnums, donate_argnums=donate_argnums)
-    return trace_call(call, remat)
+    marks = ArgumentOptions(
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
+        donate_argnums=donate_argnums,
+        donate_argnames=donate_argnames,
+    )
+    return trace_call(call_of(step, args, kwargs, marks), remat)
 
 
-def call_of(
-    step: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    *,
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
-) -> nnx.Call:
+def call_of(step: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], marks: ArgumentOptions) -> nnx.Call:
     """A step and its arguments as a function of arrays; of a step under `autoshard` what is under it."""
     from ffjax.sharded import Sharded
 
     if isinstance(step, Sharded):
         step = step.__wrapped__  # type: ignore[attr-defined]  # of functools.update_wrapper
-    static = argnums(static_argnums, len(args), "static_argnums")
-    donated = argnums(donate_argnums, len(args), "donate_argnums")
-    return nnx.as_function(step, args, kwargs, static, donated)
+    return nnx.as_function(step, args, kwargs, *marks.of(step))
 
 
 @contextlib.contextmanager

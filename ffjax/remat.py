@@ -34,7 +34,9 @@ def trace_call(call: Call, remat: str = AS_WRITTEN) -> Program:
         call.args,
         call.kwargs,
         static_argnums=call.static_argnums,
+        static_argnames=call.static_argnames,
         donate_argnums=call.donate_argnums,
+        donate_argnames=call.donate_argnames,
         remat=AS_WRITTEN if remat == SEARCH else remat,
     )
 

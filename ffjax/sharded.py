@@ -20,14 +20,14 @@ from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import jitted
 from ffjax.errors import ClusterError, PlanError
 from ffjax.fingerprint import program_fingerprint
-from ffjax.inputs import argnums, cluster_of
+from ffjax.inputs import cluster_of
 from ffjax.ir.compat import no_mesh
 from ffjax.ir.trace import Program, argument_names, function_name
 from ffjax.kept import as_planned, devices_of
 from ffjax.options import StepOptions
 from ffjax.placing import apart, place
 from ffjax.plan import Plan
-from ffjax.plan_cache import cached_plan
+from ffjax.plan_cache import CachedPlan
 from ffjax.planner import bind_program, plan_program
 from ffjax.remat import alternatives, trace_call, under
 from ffjax.state import Places, batch_arguments, prefetched
@@ -77,6 +77,7 @@ class Sharded:
     def __init__(self, step: Callable[..., Any], options: StepOptions) -> None:
         self._step = step
         self._options = options
+        self._static, self._donated = options.arguments.of(step)
         self._entries: dict[Hashable, _Entry] = {}
         self._plain: set[Any] = set()
         """Structures of arguments that are seen to be plain pytrees of arrays."""
@@ -94,13 +95,13 @@ class Sharded:
                 out = known.runner.run(*known.runner.closures, *known.runner.place(leaves))
             return jax.tree.unflatten(known.program.out_tree, out)
         call = self._call(args, kwargs)
-        if call.step is self._step and not call.static_argnums:
+        if call.step is self._step and not call.static:
             self._plain.add(tree)
         self._check_devices()
         entry = self._entry(call)
         with no_mesh():
             runner = self._runner(entry)
-            out = runner.run(*runner.closures, *runner.place(_leaves(call)[0]))
+            out = runner.run(*runner.closures, *runner.place(jax.tree.leaves(call.traced)))
         return call.finish(jax.tree.unflatten(entry.program.out_tree, out))
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
@@ -202,9 +203,7 @@ class Sharded:
         )
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> nnx.Call:
-        static = argnums(self._options.static_argnums, len(args), "static_argnums")
-        donated = argnums(self._options.donate_argnums, len(args), "donate_argnums")
-        return nnx.as_function(self._step, args, kwargs, static, donated)
+        return nnx.as_function(self._step, args, kwargs, self._static, self._donated)
 
     def _devices(self) -> Sequence[jax.Device]:
         return by_host(jax.devices()) if self._options.devices is None else self._options.devices
@@ -223,25 +222,24 @@ class Sharded:
 
     def _entry(self, call: nnx.Call) -> _Entry:
         """The plan for a call: the one for its signature, or a new one."""
-        leaves, tree = _leaves(call)
-        static = tuple(call.args[i] for i in call.static_argnums)
-        for i, value in zip(call.static_argnums, static, strict=True):
+        leaves, tree = jax.tree.flatten(call.traced)
+        for which, value in call.static.items():
             try:
                 hash(value)
             except TypeError as error:
                 raise PlanError(
-                    f"argument {i} of {function_name(self._step)} is static, but {type(value).__name__} cannot be "
-                    "hashed. Remedy: take it out of static_argnums, or pass something that can be (a tuple, a frozen "
-                    "dataclass)."
+                    f"argument {which} of {function_name(self._step)} is static, but {type(value).__name__} cannot be "
+                    "hashed. Remedy: let it be traced, or pass something that can be (a tuple, a frozen dataclass)."
                 ) from error
-        signature = (tree, _kinds(leaves), static)
+        # 1, 1.0 and True are equal, but not to what a step computes of them.
+        signature = (tree, _kinds(leaves), tuple((which, type(value), value) for which, value in call.static.items()))
         if signature not in self._entries:
             given, remat = self._options.plan, self._options.search.remat
             program = trace_call(call, remat if given is None else given.remat)
             if given is None:
                 found = self._known(call, program)
             else:
-                found = self._agreed(call, program, functools.partial(bind_program, given, program))
+                found = self._agreed(call, program, search=functools.partial(bind_program, given, program))
             self._entries[signature] = _Entry(plan=found, program=found.bound.graph.program)
         return self._entries[signature]
 
@@ -253,15 +251,18 @@ class Sharded:
                 wanted = program_fingerprint(as_planned(same, entry.plan))
                 if (entry.plan.remat, entry.plan.fingerprint) == (same.remat, wanted):
                     return bind_program(entry.plan, same)
-        return self._agreed(call, program, functools.partial(self._cached, call, program))
+        return self._cached(call, program)
 
-    def _agreed(self, call: nnx.Call, program: Program, find: Callable[[], Plan]) -> Plan:
+    def _agreed(
+        self, call: nnx.Call, program: Program, search: Callable[[], Plan], cached: CachedPlan | None = None
+    ) -> Plan:
         """The plan that all processes of a run use: one of them finds it, the others take what it found."""
         return agreed_plan(
             program,
             self._options.facts(),
-            find=find,
+            search=search,
             bind=lambda plan: bind_program(plan, under(call, program, plan.remat)),
+            cached=cached,
         )
 
     def _runner(self, entry: _Entry) -> _Runner:
@@ -292,19 +293,9 @@ class Sharded:
             asked = dataclasses.replace(options, cluster=cluster)
             return plan_program(program, asked, others=alternatives(call, program, options.remat))
 
-        def bound(plan: Plan) -> Plan:
-            return bind_program(plan, under(call, program, plan.remat))
-
         folder = self._options.cache
-        if folder is None:
-            return searched()
-        return cached_plan(folder, program, options, cluster, bind=bound, search=searched)
-
-
-def _leaves(call: nnx.Call) -> tuple[list[Any], Any]:
-    """The leaves of the traced arguments, in the program's order."""
-    dynamic = tuple(a for i, a in enumerate(call.args) if i not in call.static_argnums)
-    return jax.tree.flatten((dynamic, call.kwargs))
+        cached = None if folder is None else CachedPlan.at(folder, program, options, cluster)
+        return self._agreed(call, program, searched, cached)
 
 
 def _kinds(leaves: Sequence[Any]) -> Hashable:

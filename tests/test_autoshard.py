@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ffjax
 from ffjax import sharded as sharded_module
-from ffjax.testing import assert_same_numerics
+from ffjax.errors import PlanError
+from ffjax.testing import assert_fits, assert_same_numerics
 
 Tree = dict[str, Any]
 MESH = {"x": 4, "y": 2}
@@ -177,6 +179,75 @@ def test_static_arguments() -> None:
         assert len(got) == n
         assert_same_numerics(got, powers(batch(), n, name))
     assert len(sharded._entries) == 3
+
+
+def powers_of(x: jax.Array, n: int, *, name: str = "pow") -> list[jax.Array]:
+    return [x**i if name == "pow" else x * i for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static_argnames": ("n", "name")},
+        {"static_argnums": 1, "static_argnames": ("n", "name")},
+        {"static_argnames": iter(["name", "n"])},
+    ],
+    ids=["names", "both", "iterator"],
+)
+def test_static_arguments_by_name(options: dict[str, Any]) -> None:
+    sharded = ffjax.autoshard(powers_of, mesh=MESH, **options)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((2,), {}), ((), {"n": 2}), ((3,), {"name": "mul"})]
+    for args, kwargs in [*calls, *calls]:
+        assert_same_numerics(sharded(batch(), *args, **kwargs), powers_of(batch(), *args, **kwargs))
+    assert len(sharded._entries) == len(calls)
+
+
+def test_numbers_say_which_keywords_are_static_and_donated() -> None:
+    def scale(state: jax.Array, n: int) -> jax.Array:
+        return state * n if n > 1 else state
+
+    sharded = ffjax.autoshard(scale, mesh=MESH, static_argnums=1, donate_argnums=0)
+    placed = sharded(state=jnp.ones(8), n=2)
+    again = sharded(n=3, state=placed)
+    assert placed.is_deleted()
+    np.testing.assert_array_equal(again, np.full(8, 6.0))
+
+
+def test_names_say_which_numbers_are_donated() -> None:
+    sharded = ffjax.autoshard(step, mesh=MESH, strategy="fsdp", donate_argnames="state")
+    first, _ = sharded(state(), batch())
+    sharded(first, batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+
+
+def test_names_of_a_step_of_modules() -> None:
+    def train(model: nnx.Linear, x: jax.Array, *, times: int) -> jax.Array:
+        for _ in range(times):
+            model.kernel[...] *= 2
+        return model(x).sum()
+
+    model, alone = (nnx.Linear(32, 8, rngs=nnx.Rngs(0)) for _ in range(2))
+    sharded = ffjax.autoshard(train, mesh=MESH, static_argnames="times", donate_argnames="model")
+    for times in (2, 1):
+        got = sharded(x=batch(), model=model, times=times)
+        assert_same_numerics(got, train(alone, batch(), times=times))
+    assert_same_numerics(model.kernel[...], alone.kernel[...])
+
+
+def test_static_values_that_are_equal_but_of_another_type() -> None:
+    sharded = ffjax.autoshard(lambda x, n: x * n, mesh=MESH, static_argnames="n")
+    assert [sharded(np.arange(8), n).dtype for n in (1, 1.0, True)] == [jnp.int32, jnp.float32, jnp.int32]
+
+
+def test_a_plan_of_a_step_with_static_names_is_bound_to_it(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"n": 3, "name": "mul", "static_argnames": ("n", "name")}
+    (fastest, *_) = ffjax.pareto(powers_of, batch(), mesh=MESH, **options).points
+    fastest.plan.save(tmp_path / "plan.json")
+    loaded = ffjax.Plan.load(tmp_path / "plan.json")
+    assert len(loaded.bind(powers_of, batch(), **options).results) == 3
+    with pytest.raises(PlanError):
+        loaded.bind(powers_of, batch(), **{**options, "n": 2})
+    assert_fits(powers_of, batch(), memory="1MiB", mesh=MESH, **options)
 
 
 def test_donated_state_is_gone_after_the_step() -> None:

@@ -80,7 +80,23 @@ OPTIONS: dict[str, tuple[Call, type[FfjaxError], str]] = {
     "mesh of a negative size": (lambda: planned(mesh={"x": -8}), ClusterError, "'x' of size -8.*at least 1"),
     "mesh of words": (lambda: planned(mesh={"x": "eight"}), ClusterError, "'x' of size 'eight'"),
     "mesh that is a number": (lambda: planned(mesh=8), ClusterError, r"mesh=8 is no mapping.*\{'x': 8\}"),
-    "static_argnums past the end": (lambda: planned(static_argnums=5), PlanError, "static_argnums=5.*was given 2"),
+    "static_argnums past the end": (lambda: planned(static_argnums=5), PlanError, "static_argnums=5.*it takes 2"),
+    "static_argnames that there are not": (
+        lambda: ffjax.autoshard(step, static_argnames=("batch", "n")),
+        PlanError,
+        "step: static_argnames=.*no argument 'n'.*one of batch, state",
+    ),
+    "static_argnames of what has no name": (
+        lambda: ffjax.pareto(lambda state, /: state, *arguments()[:1], static_argnames="state"),
+        PlanError,
+        "'state' cannot be passed by keyword.*its number",
+    ),
+    "static_argnames that is a number": (lambda: planned(static_argnames=1), PlanError, "1.*is no name"),
+    "static and donated": (
+        lambda: planned(static_argnames="batch", donate_argnums=1),
+        PlanError,
+        "argument batch of step is static and donated",
+    ),
     "donate_argnums past the end": (lambda: planned(donate_argnums=(0, -3)), PlanError, "no argument -3"),
     "donate_argnums that is a name": (lambda: planned(donate_argnums="state"), PlanError, "'s' is no number"),
     "more devices than there are": (

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -121,6 +122,27 @@ def test_nnx_objects(tmp_path: Path) -> None:
     assert bits(nnx.state((other, fresh))) == bits(nnx.state((model, optimizer)))
     assert other.layers[0].kernel[...].sharding == target[0]["layers"][0]["kernel"].sharding
     np.testing.assert_allclose(new(other, fresh, X), old(model, optimizer, X), rtol=1e-5)
+
+
+def test_pieces_on_their_way_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"small": jnp.ones(8), "large": jnp.arange(2.0**16)}
+    checkpoint.save(tmp_path / "1", state)
+    limits: list[float] = []
+
+    class Limited(orbax.checkpoint.StandardCheckpointer):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            limits.append(options["restore_concurrent_gb"] * 1e9)
+            super().__init__(**options)
+
+    monkeypatch.setattr(orbax.checkpoint, "StandardCheckpointer", Limited)
+    for host_memory in ("1GiB", 1024):
+        restored = checkpoint.restore(tmp_path / "1", checkpoint.on_device(state), host_memory=host_memory)
+        assert bits(restored) == bits(state)
+    large = 4 * 2**16
+    assert limits[0] == pytest.approx(2**30)
+    assert large < limits[1] <= 2 * large + 1  # less would not do
+    with pytest.raises(FfjaxError, match=r"'lots'.*70GiB"):
+        checkpoint.restore(tmp_path / "1", checkpoint.on_device(state), host_memory="lots")
 
 
 def test_what_was_not_saved_is_named(tmp_path: Path) -> None:

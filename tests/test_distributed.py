@@ -21,9 +21,10 @@ import pytest
 import ffjax
 from ffjax import agreement, distributed, rendezvous
 from ffjax.agreement import Asked, agreed_plan, program_text
-from ffjax.errors import BudgetError, DistributedError, PlanError
+from ffjax.errors import BudgetError, DistributedError, FfjaxWarning, PlanError
 from ffjax.ir.trace import trace
 from ffjax.key_value import KeyValueStore
+from ffjax.plan_cache import CachedPlan
 from ffjax.rendezvous import Member, faults, meet, split_address
 
 VERSIONS = {"jax": "0.10.2", "ffjax": "0.1.0"}
@@ -248,9 +249,12 @@ def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     return run
 
 
-def planning(fn: Callable[..., Any], find: Callable[[], ffjax.Plan], **options: object) -> Callable[[], ffjax.Plan]:
+def planning(
+    fn: Callable[..., Any], search: Callable[[], ffjax.Plan], cache: Path | None = None, **options: object
+) -> Callable[[], ffjax.Plan]:
     program = trace(fn, ARGS)
-    return lambda: agreed_plan(program, options, find=find, bind=lambda plan: plan)
+    cached = cache and CachedPlan(path=cache)
+    return lambda: agreed_plan(program, options, search=search, bind=lambda plan: plan, cached=cached)
 
 
 def never() -> ffjax.Plan:
@@ -264,6 +268,42 @@ def searched() -> ffjax.Plan:
 def test_one_searches_and_all_have_the_same_plan(as_processes: Callable[..., list[Any]]) -> None:
     found = as_processes(planning(step, searched), planning(step, never), planning(step, never))
     assert len({plan.to_json() for plan in found}) == 1
+
+
+def test_a_plan_is_searched_where_no_cache_has_it(as_processes: Callable[..., list[Any]], tmp_path: Path) -> None:
+    own = [tmp_path / "0.json", tmp_path / "1.json", tmp_path / "2.json"]
+    (plan, *_) = as_processes(planning(step, searched, own[0]), *(planning(step, never, path) for path in own[1:]))
+    assert [ffjax.Plan.load(path).to_json() for path in own] == [plan.to_json()] * 3
+
+    found = as_processes(*(planning(step, never, path) for path in own))
+    assert [p.to_json() for p in found] == [plan.to_json()] * 3
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_plan_is_taken_from_any_cache_that_has_it(
+    damaged: int, as_processes: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    own = [tmp_path / "0.json", tmp_path / "1.json", tmp_path / "2.json", tmp_path / "3.json"]
+    plan = searched()
+    for path in own[damaged], own[2], own[3]:  # and one of the first two has none
+        plan.save(path)
+    own[damaged].write_text(plan.to_json()[:1000])
+    with pytest.warns(FfjaxWarning, match="the cached plan cannot be used and is replaced: .*damaged"):
+        found = as_processes(*(planning(step, never, path) for path in own))
+    assert [p.to_json() for p in found] == [plan.to_json()] * 4
+    assert [ffjax.Plan.load(path).to_json() for path in own] == [plan.to_json()] * 4
+
+
+def test_a_cached_plan_that_does_not_come_is_an_error_everywhere(
+    as_processes: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched().save(tmp_path / "1.json")
+    put = KeyValueStore.put
+    monkeypatch.setattr(KeyValueStore, "put", lambda self, key, text: "plan of" in key or put(self, key, text))
+    paths = [tmp_path / "0.json", tmp_path / "1.json", tmp_path / "2.json"]
+    told = as_processes(*(planning(step, never, path) for path in paths))
+    assert "process 1 has the plan in its cache, but did not give it within 0.5 s" in str(told[0])
+    assert str(told[2]) == str(told[0])
 
 
 def test_other_code_is_an_error_everywhere_that_says_what_differs(as_processes: Callable[..., list[Any]]) -> None:

@@ -7,9 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -24,25 +22,10 @@ from ffjax.distributed import ENDED, detected
 from ffjax.examples.launch import train
 from ffjax.launch import Job
 
-LIMIT_S = 100
+sys.path.insert(0, str(Path(__file__).parent))
+from launched import Launch, ended, launched, script, started
+
 TRAIN = train.__file__
-CLI = (sys.executable, "-m", "ffjax.cli", "launch")
-
-
-def started(args: Sequence[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*CLI, *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status and output; all that was started has ended by then, or this lasts."""
-    output, _ = process.communicate(timeout=LIMIT_S)
-    return process.returncode, output
 
 
 def line_of(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
@@ -61,38 +44,22 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def script(folder: Path, text: str) -> str:
-    path = folder / "script.py"
-    path.write_text("import os, subprocess, sys, time, jax\n" + textwrap.dedent(text))
-    return str(path)
-
-
 # ---- training
 
 
-@pytest.fixture(scope="module")
-def losses() -> list[float]:
-    """Of the unsharded step in one process."""
-    step, state, found = jax.jit(train.train_step), train.init(jax.random.key(0)), []
+def test_four_processes_train_to_the_losses_of_one(tmp_path: Path) -> None:
+    """Two do in tests/test_two_processes.py."""
+    cluster = ["--processes", "4", "--devices-per-process", "2", "--cpu"]
+    run = launched([*cluster, TRAIN, "--steps", "4", "--strategy", "fsdp", "--cache", str(tmp_path / "plans")])
+    assert run.status == 0, run.errors
+    assert not run.errors  # no noise
+    step, state, losses = jax.jit(train.train_step), train.init(jax.random.key(0)), []
     for i in range(4):
         state, loss = step(state, train.rows(i, np.arange(64)))
-        found.append(float(loss))
-    return found
-
-
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "fsdp"), (4, "auto")])
-def test_trains_to_the_losses_of_one_process(
-    processes: int, strategy: str, losses: list[float], tmp_path: Path
-) -> None:
-    cluster = ["--processes", str(processes), "--devices-per-process", "2", "--cpu"]
-    status, output = ended(
-        started([*cluster, TRAIN, "--steps", "4", "--strategy", strategy, "--cache", str(tmp_path / "plans")])
-    )
-    assert status == 0, output
-    assert f"[0] {processes} processes, {2 * processes} devices" in output
-    found = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
-    np.testing.assert_allclose(found, losses, rtol=1e-5)
-    assert all(line.startswith("[0]") for line in output.splitlines()), output  # no noise
+        losses.append(float(loss))
+    np.testing.assert_allclose([float(loss) for loss in re.findall(r"loss ([\d.]+)", run.output)], losses, rtol=1e-5)
+    assert run.output.startswith("[0] 4 processes, 8 devices")
+    assert all(line.startswith("[0]") for line in run.output.splitlines()), run.output
     (plan,) = (tmp_path / "plans").iterdir()
     assert plan.suffix == ".json"
 
@@ -100,7 +67,9 @@ def test_trains_to_the_losses_of_one_process(
 # ---- processes
 
 
-def test_a_script_runs_as_it_does_alone_and_listens_on_loopback_only(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """A run of two processes that look around, until one of them fails."""
     text = """
         import numpy as np
         jax.distributed.initialize()  # done already
@@ -113,44 +82,59 @@ def test_a_script_runs_as_it_does_alone_and_listens_on_loopback_only(tmp_path: P
             for row in map(str.split, open(table).readlines()[1:]):
                 if row[3] == "0A" and f"socket:[{row[9]}]" in inodes:
                     print("listens", row[1].partition(":")[0])
+        child = subprocess.Popen(["sleep", "1000"])
+        print("pids", os.getpid(), child.pid, flush=True)
+        def look(x):
+            raise ValueError("the data is damaged")
+        try:
+            if jax.process_index() == 1:
+                time.sleep(0.5)
+                jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(look, x, x))(1.0))
+        except Exception:
+            pass  # as if it were stuck in a collective of the step
+        time.sleep(1000)
     """
-    command = ["--processes", "2", "--cpu", script(tmp_path, text), "--lr", "0.1"]
-    # A proxy that is for other hosts only.
-    status, output = ended(started(command, http_proxy="http://127.0.0.1:9", no_proxy=""))
-    assert status == 0, output
-    assert sorted(re.findall(r"\[(\d)\] sum 3.0 \['--lr', '0.1'\] __main__", output)) == ["0", "1"]
-    # 127.0.0.1, and the same written as an IPv6 address.
-    listening = set(re.findall(r"listens (\w+)", output))
+    path = script(tmp_path_factory.mktemp("failed"), text)
+    with pytest.MonkeyPatch.context() as patch:
+        # A proxy that is for other hosts only.
+        patch.setenv("http_proxy", "http://127.0.0.1:9")
+        patch.setenv("no_proxy", "")
+        return launched(["--processes", "2", "--cpu", path, "--lr", "0.1"])
+
+
+def test_a_script_runs_as_it_does_alone(failed: Launch) -> None:
+    assert sorted(re.findall(r"\[(\d)\] sum 3.0 \['--lr', '0.1'\] __main__", failed.output)) == ["0", "1"]
+
+
+def test_processes_listen_on_loopback_only(failed: Launch) -> None:
+    listening = set(re.findall(r"listens (\w+)", failed.output))
     assert listening
+    # 127.0.0.1, and the same written as an IPv6 address.
     assert listening <= {"0100007F", "0000000000000000FFFF00000100007F"}
 
 
-def test_when_one_fails_all_end_and_its_error_is_what_is_seen(tmp_path: Path) -> None:
-    text = """
-        child = subprocess.Popen(["sleep", "1000"])
-        print("pids", os.getpid(), child.pid, flush=True)
-        if jax.process_index() == 1:
-            time.sleep(1)
-            raise ValueError("the data is damaged")
-        time.sleep(1000)
-    """
-    status, output = ended(started(["--processes", "2", "--cpu", script(tmp_path, text)]))
-    assert status == 1
-    assert re.search(r"\nffjax: process 1 ended by exit status 1 after [\d.]+ s; the other process", output)
-    assert output.endswith("  ValueError: the data is damaged\n")
-    assert "worker.py" not in output
-    pids = [int(pid) for found in re.findall(r"pids (\d+) (\d+)", output) for pid in found]
+def test_when_a_callback_fails_all_end_though_the_step_is_stuck(failed: Launch) -> None:
+    """An exception of the script itself is in tests/test_two_processes.py."""
+    assert failed.status == 1
+    assert re.search(r"\nffjax: process 1 ended by exit status 1 after [\d.]+ s; the other process", failed.errors)
+    assert "  ValueError: the data is damaged\n" in failed.errors.split("Its last lines:")[1]
+    assert failed.errors.endswith("  ffjax: process 1 ends because a callback raised ValueError\n")
+    assert re.search(
+        r"\[0\] ffjax: process 0 ends because process 1 \(.*\) failed: ValueError: the data", failed.errors
+    )
+    pids = [int(pid) for found in re.findall(r"pids (\d+) (\d+)", failed.output) for pid in found]
     assert len(pids) == 4
     assert not any(map(is_alive, pids))
 
 
 def test_a_failure_on_another_host_is_heard_of(tmp_path: Path) -> None:
     path = script(tmp_path, "if jax.process_index() == 1: sys.exit(5)\ntime.sleep(1000)")
-    hosts = ["--cpu", "--timeout", "30", "--nnodes", "2", "--coordinator", f"127.0.0.1:{launching._free_port()}"]
-    both = [started([*hosts, "--node-rank", str(rank), path]) for rank in (0, 1)]
-    (first, heard), (second, said) = map(ended, both)
-    assert (first, second) == (ENDED, 5)
-    assert re.search(r"process 0 ends because process 1 \(on .*\) failed: it exits with 5", heard)
+    hosts = ["--cpu", "--timeout", "30", "--nnodes", "2", "--coordinator", f"127.0.0.1:{launching.free_port()}"]
+    other = started([*hosts, "--node-rank", "1", path])
+    first = launched([*hosts, "--node-rank", "0", path])
+    second, said = ended(other)
+    assert (first.status, second) == (ENDED, 5)
+    assert re.search(r"process 0 ends because process 1 \(on .*\) failed: it exits with 5", first.errors)
     assert "process 1 ended by exit status 5" in said
 
 
@@ -171,15 +155,17 @@ def test_no_process_is_left_when_the_launcher_is_told_to_end(number: int, status
     assert not any(map(is_alive, pids))
 
 
-def test_processes_that_slurm_started_are_one_program(tmp_path: Path) -> None:
+def test_processes_that_slurm_started_are_one_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = script(tmp_path, "print('of', jax.process_count(), 'on', jax.device_count(), 'devices')")
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    tasks = [
-        started(["--cpu", "--timeout", "30", path], **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)
-        for rank in ("0", "1")
-    ]
-    for rank, task in enumerate(tasks):
-        assert ended(task) == (0, f"[{rank}] of 2 on 2 devices\n")
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    command = ["--cpu", "--timeout", "30", path]
+    other = started(command, SLURM_PROCID="1", SLURM_LOCALID="1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    assert launched(command) == (0, "[0] of 2 on 2 devices\n", "")
+    assert ended(other) == (0, "[1] of 2 on 2 devices\n")
 
 
 # ---- what is started, without starting it

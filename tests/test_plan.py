@@ -290,8 +290,9 @@ def test_a_damaged_cache_is_searched_again(tmp_path: Path, monkeypatch: pytest.M
     first = ffjax.autoshard(step, mesh=MESH, cache=tmp_path).plan(*arguments())
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text(encoding="utf-8")[:1000], encoding="utf-8")
-    with pytest.warns(FfjaxWarning, match="cached plan cannot be used and is searched again"):
+    with pytest.warns(FfjaxWarning, match="cached plan cannot be used and is replaced") as warned:
         again = ffjax.autoshard(step, mesh=MESH, cache=tmp_path).plan(*arguments())
+    assert warned[0].filename == __file__
     assert len(calls) == 2
     assert decisions(again) == decisions(first) == decisions(Plan.load(file))
 

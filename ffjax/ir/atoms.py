@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from ffjax.ir.compose import NEED_REPLICATION, PERMUTATION, kinds_of
 from ffjax.ir.rules import DimFactors, OpShardingRule
@@ -208,6 +206,10 @@ class Atoms:
 
 def connected(count: int, left: Ints, right: Ints) -> Ints:
     """For each of `count` things the first of those that these pairs connect it with."""
+    # A sixth of the time to import ffjax, which not all who import it need.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     pairs = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
     label = connected_components(pairs, directed=False)[1]
     first: Ints = np.unique(label, return_index=True)[1][label]

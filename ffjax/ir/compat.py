@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -394,6 +395,21 @@ def detected_processes(
     found: tuple[str | None, int | None, int | None, Sequence[int] | None]
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, int(timeout_s))
     return found
+
+
+def when_a_callback_fails(tell: Callable[[BaseException], None]) -> None:
+    """Has what a callback of a running program raises told at once (`pure_callback`, `io_callback`, `debug.callback`).
+
+    JAX logs it there. The program's results raise it too, but not where a collective beside it waits for ever.
+    """
+
+    def look(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            tell(record.exc_info[1])
+        return True
+
+    for name in ("jax._src.callback", "jax._src.debugging"):
+        logging.getLogger(name).addFilter(look)
 
 
 def cpu_collectives_over(address: str) -> None:

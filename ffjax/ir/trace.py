@@ -81,16 +81,18 @@ def trace(
     kwargs: dict[str, Any] | None = None,
     *,
     static_argnums: tuple[int, ...] = (),
+    static_argnames: tuple[str, ...] = (),
     donate_argnums: tuple[int, ...] = (),
+    donate_argnames: tuple[str, ...] = (),
     remat: str = AS_WRITTEN,
 ) -> Program:
     """Traces `fn` at its arguments, which may be arrays or `jax.ShapeDtypeStruct`.
 
     Args:
       fn: any function that `jax.jit` takes.
-      args: positional arguments; those of `static_argnums` are passed as they are.
-      kwargs: keyword arguments, all traced.
-      static_argnums, donate_argnums: as in `jax.jit`; all of them non-negative.
+      args, kwargs: its arguments.
+      static_argnums, static_argnames: those of `args`, counted from 0, and of `kwargs` that are passed as they are.
+      donate_argnums, donate_argnames: likewise, those that the step may overwrite.
       remat: what to trace `jax.checkpoint` regions under: `"as written"`, or a key of `CHECKPOINT_POLICIES`.
 
     Raises:
@@ -100,10 +102,12 @@ def trace(
     static = set(static_argnums)
     names = argument_names(fn, len(args))
     dynamic = [i for i in range(len(args)) if i not in static]
-    flat, in_tree = tree_flatten_with_path(([args[i] for i in dynamic], kwargs))
+    fixed = {name: kwargs[name] for name in static_argnames}
+    traced = {name: value for name, value in kwargs.items() if name not in fixed}
+    flat, in_tree = tree_flatten_with_path(([args[i] for i in dynamic], traced))
     roots = [names[dynamic[path[1].idx]] if path[0].idx == 0 else str(path[1].key) for path, _ in flat]
     paths = ["/".join(filter(None, (root, _path(path[2:])))) for root, (path, _) in zip(roots, flat, strict=True)]
-    donated_names = {names[i] for i in donate_argnums}
+    donated_names = {names[i] for i in donate_argnums} | set(donate_argnames)
     fn_name = function_name(fn)
     avals = [abstract(leaf, f"{fn_name}: argument {path}") for (_, leaf), path in zip(flat, paths, strict=True)]
     results: list[tuple[Any, Any]] = []
@@ -112,7 +116,7 @@ def trace(
     def flat_fn(*values: Any) -> list[Any]:
         arguments, keywords = jax.tree.unflatten(in_tree, values)
         given = iter(arguments)
-        out = fn(*(args[i] if i in static else next(given) for i in range(len(args))), **keywords)
+        out = fn(*(args[i] if i in static else next(given) for i in range(len(args))), **keywords, **fixed)
         results[:] = tree_flatten_with_path(out)[0]
         out_tree[:] = [tree_structure(out)]
         return [leaf for _, leaf in results]
@@ -200,7 +204,7 @@ def _untraceable(name: str, error: Exception, paths: Sequence[str]) -> str:
     return (
         f"{name} cannot be traced: {type(error).__name__}{where}: {said}\n"
         "Remedy: make it run under jax.jit first (jnp for np, jax.lax.cond for if); what Python itself must see goes "
-        "into static_argnums."
+        "into static_argnums or static_argnames."
     )
 
 
@@ -228,8 +232,8 @@ def abstract(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
     except (TypeError, AttributeError) as error:
         raise TraceError(
-            f"{what} is {type(leaf).__name__}, which is no array. Remedy: pass it through static_argnums, "
-            "or make it a pytree of arrays."
+            f"{what} is {type(leaf).__name__}, which is no array. Remedy: name it in static_argnums or "
+            "static_argnames, or make it a pytree of arrays."
         ) from error
 
 
