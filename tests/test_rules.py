@@ -22,7 +22,7 @@ from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ffjax
-from ffjax.emit.pieces import bind_on_pieces, image_cuts
+from ffjax.emit.pieces import bind_on_pieces, image_cuts, with_edges
 from ffjax.errors import FfjaxWarning, RuleError
 from ffjax.ir import compat, equation_rules
 from ffjax.ir.compat import JaxprEqn, Literal
@@ -144,8 +144,13 @@ def prove(case: Case, eqn: JaxprEqn, operands: list[jax.Array], rule: OpSharding
     summed = tuple(f"f{f}" for f in ways if f in reduced)
 
     def run(*args: jax.Array) -> list[jax.Array]:
-        if not runs_on_pieces(eqn) and not image_cuts(eqn, [s.spec for s in inputs], mesh):
+        cuts = image_cuts(eqn, [s.spec for s in inputs], mesh)
+        if not runs_on_pieces(eqn) and not cuts:
             return compat.bind(eqn, args)
+        if cuts:
+            image = cuts[0].halo.operand
+            edged = with_edges(eqn, args[image], mesh, inputs[image].spec)
+            args = (*args[:image], edged, *args[image + 1 :])
         return bind_on_pieces(eqn, args, mesh, [s.spec for s in inputs], [s.spec for s in outputs], summed)
 
     split = jax.jit(run, in_shardings=inputs, out_shardings=outputs)

@@ -167,7 +167,7 @@ class TaskCosts:
         return tuple(copies)
 
     def _reduce(self, entry: Sum, layout: Layout) -> tuple[Hop, ...]:
-        hops = [self._hop(c.kind, c.axes, c.bytes, False) for c in layout.exchanges(entry.op)]
+        hops = [self._hop(c.kind, c.axes, c.bytes, False) for c in layout.fetches(entry.op)]
         for own, often in layout.own_collectives(entry.op):
             one = self._hop(own.kind, own.axes, own.bytes, False)
             hops.append(one._replace(ticks=round(one.ticks * often)))
@@ -235,6 +235,7 @@ def _kinds(regions: Regions, own: Sequence[Sequence[Kernel]], tasks: TaskGraph) 
             tuple([(values[v].bytes, values[v].shape, regions.merged_sums[v]) for v in ops[s.op].results]),
             sizes[s.regions[0]],
             _image_kind(regions, s.op),
+            *[(_image_kind(regions, op), sizes[regions.region_of[op]]) for op in regions.same_images.get(s.op, ())],
             ports[s.op].results,
             ports[s.op].reduced,
             *[(v, view(regions.region_of[op], ports[op].operands[i])) for v, op, i in s.readers],

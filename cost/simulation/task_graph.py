@@ -110,7 +110,7 @@ class Sum:
     op: int
     block: int
     regions: tuple[int, ...]
-    """That of the op, then those of all who read its results."""
+    """That of the op, then those of all who read its results, or slide windows over the same image before it."""
     readers: tuple[tuple[int, int, int], ...]
     """(which of its results, op, operand)"""
     upstream: tuple[Point, ...]
@@ -260,7 +260,7 @@ class _Walk:
             waits, owed = self.steps(op)
             if self.regions.ports[op.id].reduced or halos(op.eqn) or op.kind == SHARD_MAP:
                 reads = tuple((i, *r) for i, v in enumerate(op.results) for r in readers.get(v, ()))
-                of = (op.id, *(reader for _, reader, _ in reads))
+                of = (op.id, *(reader for _, reader, _ in reads), *self.regions.same_images.get(op.id, ()))
                 sums.append(
                     Sum(
                         op=op.id,

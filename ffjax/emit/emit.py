@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ffjax.emit.by_hand import bind_by_hand
-from ffjax.emit.pieces import add_up, bind_beside, bind_on_pieces
+from ffjax.emit.pieces import add_up, bind_beside, bind_on_pieces, with_edges
 from ffjax.ir import compat
 from ffjax.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from ffjax.ir.extra_rules import runs_on_pieces
@@ -59,6 +59,8 @@ class _Interpreter:
         self.graph = layout.graph
         self.mesh = mesh
         self.copies: dict[tuple[int, tuple[Spec, ...]], jax.Array] = {}
+        self.images: dict[int, jax.Array] = {}
+        """With the edges that an op brought, for it and for those after it that need the same."""
         self.env: dict[Var, jax.Array] = {}
 
     def run(self, jaxpr: Jaxpr, args: Sequence[jax.Array], scope: Scope) -> tuple[jax.Array, ...]:
@@ -157,6 +159,11 @@ class _Interpreter:
         ins = [partition_spec(self.layout.operand(op, i)) for i in range(len(operands))]
         outs = [partition_spec(self.layout.partial(self.graph.value_of[v])) for v in eqn.outvars]
         summed, pending = self.layout.partial_axes(op), self.layout.pending_axes(op)
+        if cuts := self.layout.cuts(op):
+            image, first = cuts[0].halo.operand, self.layout.fetched_by(op)
+            if first not in self.images:
+                self.images[first] = with_edges(eqn, operands[image], self.mesh, ins[image])
+            operands = [*operands[:image], self.images[first], *operands[image + 1 :]]
         results = bind_on_pieces(eqn, operands, self.mesh, ins, outs, summed, pending)
         return [self.write(array, var, op) for array, var in zip(results, eqn.outvars, strict=True)]
 

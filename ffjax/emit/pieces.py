@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from ffjax.ir import compat
 from ffjax.ir.compat import JaxprEqn
 from ffjax.ir.extra_rules import Params, piece_params
-from ffjax.ir.halo import Cut, halos, split_halos
+from ffjax.ir.halo import Cut, beyond, halos, split_halos
 from ffjax.ir.spec import MeshShape
 
 
@@ -37,14 +37,14 @@ def bind_on_pieces(
 ) -> list[jax.Array]:
     """The results of an equation, each the sum over the mesh axes `summed` of what the devices make of their pieces.
 
-    With `pending` axes they have one dimension more, in front: the terms of the sum over these, side by side.
+    An image that is cut where a window slides over it comes `with_edges`. With `pending` axes results have one
+    dimension more, in front: the terms of the sum over these, side by side.
     """
     apart = [axes for axes in (summed, pending) if axes]
     cut = image_cuts(eqn, in_specs, mesh)
 
     def local(*pieces: jax.Array) -> tuple[jax.Array, ...]:
-        params = piece_params(eqn, [x.shape for x in pieces])
-        pieces, params = _with_edges(eqn, pieces, params, cut)
+        pieces, params = _padded(eqn, pieces, cut)
         results = compat.bind(eqn, pieces, params)
         if cut and cut[0].halo.returned:
             results = [_given_back(x, cut) for x in results]
@@ -81,19 +81,33 @@ def image_cuts(eqn: JaxprEqn, in_specs: Sequence[PartitionSpec], mesh: Mesh | Ab
     )
 
 
-def _with_edges(
-    eqn: JaxprEqn, pieces: tuple[jax.Array, ...], params: Params, cut: Sequence[Cut]
-) -> tuple[tuple[jax.Array, ...], Params]:
-    """The pieces, that of the image with its neighbours' edges; and the parameters with the padding that remains."""
+def with_edges(eqn: JaxprEqn, image: jax.Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> jax.Array:
+    """The image over which an equation slides its window, each piece with the edges that it needs of its neighbours.
+
+    The pieces lie side by side, so that what two of them have is there twice: to be read by `bind_on_pieces` only.
+    """
+    cut = image_cuts(eqn, [spec] * len(eqn.invars), mesh)
+
+    def local(piece: jax.Array) -> jax.Array:
+        for halo, axes, count in cut:
+            piece = _extended(piece, halo.dim, halo.widths(count), axes, count, _beyond(eqn, piece.dtype))
+        return piece
+
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(image)
+
+
+def _padded(eqn: JaxprEqn, pieces: tuple[jax.Array, ...], cut: Sequence[Cut]) -> tuple[tuple[jax.Array, ...], Params]:
+    """Pieces, and the equation's parameters for them: with the padding that is left beside an image's edges."""
+    shapes = [list(x.shape) for x in pieces]
+    for halo, _, count in cut:
+        shapes[halo.operand][halo.dim] -= sum(halo.widths(count))
+    params = piece_params(eqn, [tuple(shape) for shape in shapes])
     if not cut:
         return pieces, params
     operand = cut[0].halo.operand
     image = pieces[operand]
-    pads = cast("Sequence[tuple[int, int]]", params["padding"])
-    padding = [tuple(p) for p in pads]
-    beyond = _beyond(eqn, image.dtype)
-    for halo, axes, count in cut:
-        image = _extended(image, halo.dim, halo.widths(count), axes, count, beyond)
+    padding = [tuple(p) for p in cast("Sequence[tuple[int, int]]", params["padding"])]
+    for halo, _, count in cut:
         low, high = halo.padding(count)
         if halo.returned:
             low, high = max(0, low), max(0, high)  # what no window reads at the end is a result all the same
@@ -107,7 +121,7 @@ def _with_edges(
 
 
 def _extended(
-    image: jax.Array, dim: int, widths: tuple[int, int], axes: tuple[str, ...], count: int, beyond: jax.Array
+    image: jax.Array, dim: int, widths: tuple[int, int], axes: tuple[str, ...], count: int, outside: jax.Array
 ) -> jax.Array:
     """A piece between the edges of its neighbours; at the ends of the image, of what is beyond it."""
     before, behind = widths
@@ -118,11 +132,11 @@ def _extended(
     if before:
         edge = jax.lax.slice_in_dim(image, size - before, size, axis=dim)
         edge = jax.lax.ppermute(edge, name, [(i, i + 1) for i in range(count - 1)])
-        parts.insert(0, jnp.where(place == 0, beyond, edge))
+        parts.insert(0, jnp.where(place == 0, outside, edge))
     if behind:
         edge = jax.lax.slice_in_dim(image, 0, behind, axis=dim)
         edge = jax.lax.ppermute(edge, name, [(i + 1, i) for i in range(count - 1)])
-        parts.append(jnp.where(place == count - 1, beyond, edge))
+        parts.append(jnp.where(place == count - 1, outside, edge))
     return jax.lax.concatenate(parts, dim)
 
 
@@ -152,18 +166,10 @@ def _placed(edge: jax.Array, dim: int, before: int, behind: int) -> jax.Array:
 
 
 def _beyond(eqn: JaxprEqn, dtype: np.dtype) -> jax.Array:
-    """What a window reads beyond an image: nothing to add, nothing that is chosen."""
-    integer = not jnp.issubdtype(dtype, jnp.inexact)
-    match eqn.primitive.name:
-        case "reduce_window_max" | "select_and_scatter_add" if _largest(eqn):
-            return jnp.array(jnp.iinfo(dtype).min if integer else -jnp.inf, dtype)
-        case "reduce_window_min" | "select_and_scatter_add":
-            return jnp.array(jnp.iinfo(dtype).max if integer else jnp.inf, dtype)
-        case _:
+    match beyond(eqn):
+        case "zero":
             return jnp.zeros((), dtype)
-
-
-def _largest(eqn: JaxprEqn) -> bool:
-    """Whether a window's largest element is chosen, not its smallest."""
-    select = eqn.params.get("select_prim")
-    return select is None or getattr(select, "name", "") in ("ge", "gt")
+        case "lowest":
+            return jnp.array(-jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min, dtype)
+        case "highest":
+            return jnp.array(jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max, dtype)

@@ -175,17 +175,33 @@ def split_halos(eqn: JaxprEqn | None, image: Spec, mesh: MeshShape) -> list[Cut]
     return [Cut(h, image[h.dim], mesh.size(image[h.dim])) for h in halos(eqn) if mesh.size(image[h.dim]) > 1]
 
 
-def exchanges(eqn: JaxprEqn | None, image: Spec, mesh: MeshShape, local_bytes: float) -> list[Collective]:
+def beyond(eqn: JaxprEqn) -> Literal["zero", "lowest", "highest"]:
+    """What an equation's window reads beyond an image: nothing to add, nothing that is chosen."""
+    match eqn.primitive.name:
+        case "reduce_window_max":
+            return "lowest"
+        case "reduce_window_min":
+            return "highest"
+        case "select_and_scatter_add":
+            return "lowest" if getattr(eqn.params["select_prim"], "name", "") in ("ge", "gt") else "highest"
+        case _:
+            return "zero"
+
+
+def exchanges(
+    eqn: JaxprEqn | None, image: Spec, mesh: MeshShape, local_bytes: float, *, fetched: bool = False
+) -> list[Collective]:
     """The permutes that give each device the edges that it needs; its piece of the image is of `local_bytes`.
 
-    Dimensions go one after the other, each with what the ones before it have brought, which takes care of corners.
+    Where they are `fetched` already, only those that send back what a window has chosen there are left. Dimensions go
+    one after the other, each with what the ones before it have brought, which takes care of corners.
     """
     found = []
     for halo, axes, pieces in split_halos(eqn, image, mesh):
         row = local_bytes / (halo.size // pieces)
         widths = halo.widths(pieces)
         sent = [Collective("collective_permute", axes, row * width) for width in widths if width]
-        found += sent * (2 if halo.returned else 1)
+        found += sent * ((not fetched) + halo.returned)
         local_bytes += row * sum(widths)
     return found
 

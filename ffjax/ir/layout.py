@@ -134,7 +134,7 @@ class Layout:
                     value=op.operands[halos(op.eqn)[0].operand],
                     merged=False,
                 )
-                for collective in self.exchanges(op.id)
+                for collective in self.fetches(op.id)
             ]
             found += [
                 PlannedCollective(
@@ -175,14 +175,32 @@ class Layout:
         found = halos(eqn)
         return split_halos(eqn, self.operand(op, found[0].operand), self.mesh) if found else []
 
-    def exchanges(self, op: int) -> list[Collective]:
+    def exchanges(self, op: int, *, fetched: bool = False) -> list[Collective]:
         """The permutes by which devices fetch the edges of their neighbours' pieces of an image."""
         if not self.cuts(op):
             return []
         eqn = self.graph.ops[op].eqn
         index = halos(eqn)[0].operand
         spec = self.operand(op, index)
-        return exchanges(eqn, spec, self.mesh, self.local_bytes(self.graph.ops[op].operands[index], spec))
+        local_bytes = self.local_bytes(self.graph.ops[op].operands[index], spec)
+        return exchanges(eqn, spec, self.mesh, local_bytes, fetched=fetched)
+
+    def fetches(self, op: int) -> list[Collective]:
+        """Its exchanges, without those of edges that an op before it has brought."""
+        return self.exchanges(op, fetched=self.fetched_by(op) != op)
+
+    def fetched_by(self, op: int) -> int:
+        """The first op that brings the edges of an image that this one needs."""
+        before = self.regions.same_images.get(op, ())
+        edges = self._edges(op) if before else ()
+        return next((other for other in before if self._edges(other) == edges), op)
+
+    def _edges(self, op: int) -> tuple[object, ...]:
+        cuts = self.cuts(op)
+        if not cuts:
+            return ()
+        widths = [(cut.halo.dim, cut.axes, cut.halo.widths(cut.pieces)) for cut in cuts]
+        return self.operand(op, cuts[0].halo.operand), *widths
 
     def own_collectives(self, op: int) -> list[tuple[Collective, float]]:
         """Those that the user's own `shard_map` region spells out, and how often each runs when the op runs once.

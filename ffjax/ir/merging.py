@@ -8,6 +8,7 @@ small ones. The sum of an activation is waited for by the next op that does work
 from __future__ import annotations
 
 from ffjax.ir.graph import NO_VALUE, Graph
+from ffjax.ir.halo import beyond, halos
 from ffjax.ir.op_kinds import is_light, is_reduction
 
 
@@ -38,6 +39,22 @@ def merged_copies(graph: Graph) -> list[bool]:
         for value in op.results:
             ready[value] = is_ready or graph.values[value].constant
     return [a or b for a, b in zip(ready, unread, strict=True)]
+
+
+def same_images(graph: Graph) -> dict[int, tuple[int, ...]]:
+    """For each op that slides a window over an image those before it, in its scope, that do over the same one.
+
+    A convolution and its kernel's gradient are such, or a pooling and its gradient. Where both need the same edges, and
+    have the same beyond the image's end, those are fetched once.
+    """
+    before: dict[tuple[int, int, str], tuple[int, ...]] = {}
+    found = {}
+    for op in graph.ops:
+        if op.eqn is not None and (windows := halos(op.eqn)):
+            key = op.operands[windows[0].operand], op.scope, beyond(op.eqn)
+            found[op.id] = before.get(key, ())
+            before[key] = (*found[op.id], op.id)
+    return found
 
 
 def _carried(graph: Graph, side: str) -> set[int]:

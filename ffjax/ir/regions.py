@@ -20,7 +20,7 @@ import numpy as np
 from ffjax.ir.atoms import Atoms, Dims, Ints, OpDims, connected
 from ffjax.ir.compose import NEED_REPLICATION
 from ffjax.ir.graph import NO_VALUE, Graph, Op
-from ffjax.ir.merging import merged_copies, merged_sums
+from ffjax.ir.merging import merged_copies, merged_sums, same_images
 from ffjax.ir.op_kinds import is_light, is_reduction
 from ffjax.ir.sums import CONTRACTION, Contracted, DelayedSum, delayed_sums
 
@@ -74,6 +74,8 @@ class Regions:
     """For each value whether a sum that makes it can be merged with others; see `ffjax.ir.merging`."""
     merged_copies: list[bool]
     """The same of a copy of it in another sharding."""
+    same_images: dict[int, tuple[int, ...]]
+    """For each op with a window the earlier ones over the same image; see `ffjax.ir.merging`."""
 
     def may_scatter(self, value: int) -> bool:
         """Whether an assignment's `scatter` is about this value."""
@@ -310,6 +312,7 @@ class _Joiner:
             edges=edges,
             merged_sums=merged_sums(graph),
             merged_copies=merged_copies(graph),
+            same_images=same_images(graph),
         )
 
 
