@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ffjax.cost.compilers import Compiler
-from ffjax.cost.fusion import find_fusions, fusible_ops
+from ffjax.cost.fusion import Fusions, find_fusions, fusible_ops
 from ffjax.ir.graph import NO_VALUE, Graph, Op
 from ffjax.ir.op_kinds import is_reduction
 
@@ -47,15 +47,16 @@ def fused_gathers(graph: Graph, maps: Sequence[bool]) -> list[bool]:
     return found
 
 
-def buffered(graph: Graph, compiler: Compiler, maps: Sequence[bool]) -> list[bool]:
+def buffered(graph: Graph, compiler: Compiler, maps: Sequence[bool], fusions: Fusions | None = None) -> list[bool]:
     """For each value whether it is in memory: what `find_fusions` says, as far as this compiler fuses so.
 
     Args:
       graph: the program.
       compiler: what compiles it.
       maps: `mapping_ops` of the program.
+      fusions: `find_fusions` of the program, if they are known.
     """
-    in_memory = list(find_fusions(graph).in_memory)
+    in_memory = list((find_fusions(graph) if fusions is None else fusions).in_memory)
     readers: list[list[int]] = [[] for _ in graph.values]
     for op in graph.ops:
         for value in op.operands:

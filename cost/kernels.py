@@ -67,10 +67,10 @@ class _Task:
     """Of an op that is not fused."""
 
 
-def kernels(regions: Regions) -> list[Kernel]:
-    """The kernels of a program, in the order of its ops; an op may run several."""
+def kernels(regions: Regions, fusions: Fusions | None = None) -> list[Kernel]:
+    """The kernels of a program, in the order of its ops; an op may run several. `fusions`: if they are known."""
     graph = regions.graph
-    fusions = find_fusions(graph)
+    fusions = find_fusions(graph) if fusions is None else fusions
     made: list[Kernel] = []
     tasks: dict[tuple[int, int], _Task] = {}
     read: set[tuple[int, int]] = set()

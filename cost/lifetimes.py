@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ffjax.cost.buffers import buffered, fused_gathers, mapping_ops
 from ffjax.cost.compilers import TO_THE_LETTER, Compiler
+from ffjax.cost.fusion import Fusions
 from ffjax.cost.merged_remat import has_remat, merge_remat
 from ffjax.cost.moves import Move
 from ffjax.cost.order import as_written, scheduled, scope_spans
@@ -96,7 +97,11 @@ class Lifetimes:
 
 
 def lifetimes(
-    graph: Graph, compiler: Compiler = TO_THE_LETTER, moves: Sequence[Move] = (), fused: Fused | None = None
+    graph: Graph,
+    compiler: Compiler = TO_THE_LETTER,
+    moves: Sequence[Move] = (),
+    fused: Fused | None = None,
+    fusions: Fusions | None = None,
 ) -> Lifetimes:
     """When each value is in memory under a compiler's schedule.
 
@@ -105,16 +110,17 @@ def lifetimes(
       compiler: what compiles it.
       moves: the collectives of a layout, if the schedule is to be that layout's.
       fused: what is fused, if that is known.
+      fusions: what any compiler fuses (`find_fusions`), if only that is known.
     """
     end = len(graph.ops)
-    planned = moves
+    planned, whole = moves, graph
     if compiler.merges_remat:
         graph, moves = merge_remat(graph, moves)
     if fused is None or (compiler.merges_remat and has_remat(graph)):
         maps = mapping_ops(graph)
         if compiler.fuses_gathers:
             maps = fused_gathers(graph, maps)
-        fused = Fused(maps=maps, in_memory=buffered(graph, compiler, maps))
+        fused = Fused(maps=maps, in_memory=buffered(graph, compiler, maps, fusions if graph is whole else None))
     maps, in_memory = fused.maps, fused.in_memory
     if compiler.runs_late or compiler.runs_early:
         runs, under_way, filled = scheduled(graph, in_memory, moves, from_the_end=compiler.runs_late)

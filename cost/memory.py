@@ -102,8 +102,17 @@ class MemoryModel:
             sums.setdefault(key, []).append(value)
         self.sums = [np.array(values, dtype=np.int64) for values in sums.values()]
         """Results that may be partial sums, by what is sharded alike."""
+        self._known_spans: dict[tuple[int, bool], Ints] = {}
         self.windows = [(op.id, op.operands[found[0].operand]) for op in graph.ops if (found := halos(op.eqn))]
         """Ops that slide a window over an image, and the image."""
+
+    def _spans(self, index: int, *, scattered: bool) -> Ints:
+        """When partial sums of one group begin and end, [spans, 2, values]; whatever the layout."""
+        if (index, scattered) not in self._known_spans:
+            values = self.sums[index].tolist()
+            spans = np.array([self.times.partial_sums(v, scattered=scattered) for v in values], dtype=np.int64)
+            self._known_spans[index, scattered] = spans.reshape(len(values), -1, 2).transpose(1, 2, 0)
+        return self._known_spans[index, scattered]
 
     def under(self, layout: Layout) -> MemoryModel:
         """The model with the schedule that the compiler makes for a layout's collectives."""
@@ -165,14 +174,13 @@ class MemoryModel:
             elif compiler.copies_gathered and _gathers_inside(home, spec):
                 held.add(_COPY, copies.values, begins, begins, pieces)
             held.add(_COPY, copies.values, first, ends, pieces)
-        for reduced in self.sums:
+        for index, reduced in enumerate(self.sums):
             value = int(reduced[0])
             producer = self.graph.values[value].producer
             partial = layout.partial(value)
             scattered = partial != layout.home(value)
             if layout.partial_axes(producer):
-                spans = [times.partial_sums(v, scattered=scattered) for v in reduced.tolist()]
-                for made, until in np.array(spans, dtype=np.int64).reshape(len(reduced), -1, 2).transpose(1, 2, 0):
+                for made, until in self._spans(index, scattered=scattered):
                     held.add(_SUM, reduced, made, until, shard_count(partial, mesh))
         for op, image in self.windows:
             if layout.exchanges(op):

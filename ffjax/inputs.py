@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import BudgetError, ClusterError, FfjaxWarning
 from ffjax.ir.compat import AS_WRITTEN
-from ffjax.ir.dims import named_dims
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape
 from ffjax.strategies.search import SearchResult
@@ -54,7 +53,7 @@ def warn_if_batch_is_whole(regions: Regions, result: SearchResult, stacklevel: i
     """Warns once where no axis of any mesh that was searched divides the batch, so that it cannot be split."""
     axes = {a: n for a, n in result.best.mesh.as_dict().items() if n > 1}
     searched = {n for found in result.found for n in found.mesh.sizes if n > 1}
-    names = named_dims(regions)
+    names = result.session.usage.dims
     graph = regions.graph
     batch = [
         (graph.ops[op].label, position, graph.values[graph.ops[op].results[0]].shape[position])

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffjax.cost.lifetimes import Lifetimes
-from ffjax.cost.memory import MemoryModel, is_slice, possible_sums
+from ffjax.cost.memory import MemoryModel, is_slice
 from ffjax.cost.merged_remat import MERGED
 from ffjax.ir.assignment import UNUSED, spec_of
 from ffjax.ir.halo import exchanges, halos
@@ -106,7 +106,7 @@ class Instants:
         node_bytes: dict[int, Floats] = {}
         for (node, dims, scatters), size in by_dims.items():
             _add(node_bytes, node, size / _home_splits(problem, node, dims, scatters=scatters))
-        _add_sums(problem, times, taken, at, node_bytes)
+        _add_sums(problem, self.memory, at, node_bytes)
         _add_edges(problem, times, taken, at, node_bytes)
         depends = in_memory & ~whoever
         reads: list[Read] = []
@@ -219,14 +219,13 @@ def _add(node_bytes: dict[int, Floats], node: int, sizes: Floats) -> None:
 
 def _add_sums(
     problem: Problem,
-    times: Lifetimes,
-    taken: Floats,
+    memory: MemoryModel,
     at: int,
     node_bytes: dict[int, Floats],
 ) -> None:
     """Adds the partial sums that are being reduced under the candidates that leave some."""
-    regions = problem.regions
-    for value in possible_sums(regions):
+    regions, times, taken = problem.regions, memory.times, memory.bytes
+    for value in memory.all_sums:
         there = {
             scattered: sum(since <= at <= until for since, until in times.partial_sums(value, scattered=scattered))
             for scattered in (False, True)

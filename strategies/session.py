@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.compilers import compiler_of
+from ffjax.cost.fusion import find_fusions
 from ffjax.cost.kernels import by_family, kernels
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.memory import MemoryModel, Peak
@@ -102,11 +103,12 @@ class Session:
         self.budget_bytes = budget_bytes
         self.keep = keep
         self.keys = family_keys(regions, marks)
-        self.kernels = kernels(regions)
+        fusions = find_fusions(regions.graph)
+        self.kernels = kernels(regions, fusions)
         self.by_family = by_family(self.kernels, self.keys)
         self.wiring = wiring_of(regions, self.keys)
         self.usage = Usage(regions, named_dims(regions))
-        self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform))
+        self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform), fusions=fusions)
         self.memory = MemoryModel(regions, self.times, self.keys)
         self._tasks: TaskGraph | None = None
         self._problems: dict[MeshShape, Problem] = {}
@@ -271,7 +273,7 @@ class Session:
         )
 
     def simulated(self, layout: Layout) -> Simulated:
-        return self.simulator(layout.mesh).run(layout.assignments)
+        return self.simulator(layout.mesh).go_on(layout.assignments)
 
     def simulator(self, mesh: MeshShape) -> Simulator:
         if self._tasks is None:

@@ -333,6 +333,22 @@ def test_changes_give_what_simulating_all_gives(picks: list[Pick], mesh: MeshSha
 
 
 @quick
+@given(picks=BRANCHED, mesh=MESHES, seed=st.integers(0, 99), overlap=st.booleans())
+def test_going_on_gives_what_simulating_all_gives(picks: list[Pick], mesh: MeshShape, seed: int, overlap: bool) -> None:
+    """From any plan to the same, to one that is near, and to one that is not."""
+    cluster = GPU if overlap else SYNC
+    simulator, fresh = (random_simulator(picks, mesh, cluster) for _ in range(2))
+    keys, rng = family_keys(simulator.regions), np.random.default_rng(seed)
+    plans = [draw(simulator, rng) for _ in range(2)]
+    near = {key for key in dict.fromkeys(keys) if rng.random() < 0.2}
+    plans.append([a if key in near else b for key, a, b in zip(keys, *plans, strict=True)])
+    for plan in (plans[0], plans[1], plans[2], plans[2], plans[1], plans[0]):
+        assert simulator.go_on(plan) == fresh.run(plan)
+        assert simulator.assignments == plan
+        assert simulator.timeline() == fresh.timeline()
+
+
+@quick
 @given(picks=BRANCHED, mesh=MESHES, seed=st.integers(0, 99))
 def test_streams_do_one_thing_at_a_time_and_figures_add_up(picks: list[Pick], mesh: MeshShape, seed: int) -> None:
     simulator = random_simulator(picks, mesh, GPU)

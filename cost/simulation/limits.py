@@ -74,7 +74,7 @@ def limits_of(
     simulator: Simulator, kernels: Sequence[Kernel], assignments: Sequence[Assignment], memory: MoreMemory | None = None
 ) -> Limits:
     """Simulates a plan: once as it is, and for each link that it uses with more of its bandwidth."""
-    step_s = simulator.run(assignments).step_s
+    step_s = simulator.go_on(assignments).step_s
     timeline = simulator.timeline()
     streams = tuple(
         StreamUse(stream=s, busy_s=float(timeline.busy_s(s)), exposed_s=float(timeline.exposed_s(s)))

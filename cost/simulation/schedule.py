@@ -26,6 +26,8 @@ from ffjax.cost.simulation.task_graph import AFTER, BEFORE, DURING, START, Block
 
 AHEAD = 2.0
 _NOWHERE = START - 1
+_END = 2**62
+"""Behind every place of a program."""
 
 
 class Schedule:
@@ -135,6 +137,8 @@ class Schedule:
 
     def _changed(self, op: int) -> None:
         """Has the segments played again that have to do with an op at its own place."""
+        if len(self.dirty) == len(self.segments):
+            return  # a plan that is simulated from the beginning
         self.dirty.add(self.segment_of(3 * op))
         if op in self._later:
             self.dirty.add(self.late_segment)
@@ -204,7 +208,7 @@ class Schedule:
         issues = sorted((place, point) for point, (place, _) in self._issued[segment].items())
         found: list[Event] = []
         ops: list[int] = []
-        at = 0
+        at, upcoming = 0, issues[0][0] if issues else _END
 
         def flush() -> None:
             if ops:
@@ -212,10 +216,11 @@ class Schedule:
                 ops.clear()
 
         def issue(until: int) -> None:
-            nonlocal at
-            while at < len(issues) and issues[at][0] <= until:
+            nonlocal at, upcoming
+            while upcoming <= until:
                 place, point = issues[at]
                 at += 1
+                upcoming = issues[at][0] if at < len(issues) else _END
                 if point >= 0:
                     ops.extend(op for op in self._copies[point][1] if 3 * op > place)
                 flush()
@@ -242,8 +247,7 @@ class Schedule:
                 issue(3 * op - 1)
                 flush()
                 rest()
-            quiet = not waits and not holds and (at == len(issues) or issues[at][0] > 3 * op + DURING)
-            if quiet and op not in late:
+            if not waits and not holds and upcoming > 3 * op + DURING and op not in late:
                 ops += deferred
                 if own and op not in moved:
                     ops.append(op)
@@ -254,8 +258,7 @@ class Schedule:
                     flush()
                     found.append(Wait(theirs))
                 ops.extend(deferred)
-            if at < len(issues):
-                issue(3 * op + BEFORE)
+            issue(3 * op + BEFORE)
             if op in late:
                 if op not in self._late_sums:
                     flush()
@@ -264,13 +267,12 @@ class Schedule:
             if waits:
                 flush()
                 found.append(Wait(tuple(waits)))
-            if at < len(issues):
-                issue(3 * op + DURING)
+            issue(3 * op + DURING)
             if holds:
                 flush()
                 found.append(inside[op])
             elif own and op not in moved:
                 ops.append(op)
-        issue(3 * (2**62))
+        issue(_END - 1)
         flush()
         return found

@@ -127,6 +127,15 @@ class Simulator:
         everything = kinds.region_groups, kinds.read_groups, kinds.sum_groups
         return self._update(*(range(len(all_)) for all_ in everything), anew=True)
 
+    def go_on(self, assignments: Sequence[Assignment]) -> Simulated:
+        """Simulates a plan as `run` does, but from the one that was simulated last where they have most in common."""
+        before = self.assignments
+        if not before or len(before) != len(assignments):
+            return self.run(assignments)
+        pairs = enumerate(zip(before, assignments, strict=True))
+        changes = {r: new for r, (old, new) in pairs if old is not new and old != new}
+        return self.update(changes) if 2 * len(changes) < len(assignments) else self.run(assignments)
+
     def change(self, regions: int | Sequence[int], assignment: Assignment) -> Simulated:
         """Gives a region, or all of a family, another assignment, and simulates what that reaches."""
         return self.update(dict.fromkeys([regions] if isinstance(regions, int) else regions, assignment))

@@ -67,14 +67,9 @@ class TaskCosts:
 
     def numbers(self, assignments: Sequence[Assignment]) -> list[int]:
         """`number` of each; those of a family are mostly one object."""
-        known: dict[int, int] = {}
-        found = []
-        for assignment in assignments:
-            number = known.get(id(assignment))
-            if number is None:
-                number = known[id(assignment)] = self.number(assignment)
-            found.append(number)
-        return found
+        objects = {id(a): a for a in assignments}
+        known = {key: self.number(a) for key, a in objects.items()}
+        return [known[id(a)] for a in assignments]
 
     def kernel_ticks(self, region: int, assignment: Assignment, number: int) -> tuple[int, ...]:
         """One trip of each of a region's ops that run kernels, in order."""

@@ -109,7 +109,7 @@ class _Chain:
     def simulate(self, choice: tuple[int, ...]) -> float:
         """The step's seconds; only what differs from the last choice is simulated."""
         if self._held is None:
-            simulated = self.simulator.run(assignments(self.problem, choice))
+            simulated = self.simulator.go_on(assignments(self.problem, choice))
         else:
             simulated = self.simulator.update(
                 {
