@@ -52,9 +52,15 @@ class Schedule:
         self._read_at = np.array([3 * op_of[p] + BEFORE for p in block.ports], dtype=np.int64)
         self._early, self._late = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self._blocks: dict[int, list[int]] = {}
+        self._of_late: set[int] = set()
+        """Ports that read what late kernels leave: copied as soon as all of these have run."""
         for read in reads:
             own = [self._index[p] for p in read.ports]
             self._early[own], self._late[own] = read.early, read.late
+            if block.late and read.late == 3 * block.late_at + BEFORE:
+                # What reads a late result may stand anywhere behind its product, which has not run there.
+                self._of_late.update(read.ports)
+                self._read_at[own] = np.maximum(self._read_at[own], read.late)
             for port in read.chain:
                 self._blocks.setdefault(port, []).extend(own)
         self.clear()
@@ -257,6 +263,9 @@ class Schedule:
                 issue(3 * op - 1)
                 flush()
                 rest()
+                for made in [i for i in issues[at:] if i[0] == 3 * op + BEFORE and i[1] in self._of_late]:
+                    issues.remove(made)
+                    found.append(self._issued[segment][made[1]][1])
             quiet = not waits and not holds and (at == len(issues) or issues[at][0] > 3 * op + DURING)
             if quiet and op not in late:
                 ops += deferred
