@@ -2,11 +2,11 @@
 
 Sums are issued after the kernel that they sum. Late kernels run before the step `Block.late_at`, each with its sum, if
 it has one; those without may run while others wait, from their own place on. Copies that only late kernels read are
-issued right before all of these, and copies of what they leave right after: XLA:GPU's scheduler, which works from the
-end, starts a collective no earlier than it takes to hide it behind what runs right before its reader. Any other copy may
-be made ahead of the op that first reads it, back to where its value is made, or to the block's start if it is made of
-nothing but what the block begins with (a parameter, cast or not: the cast is moved along). It then takes memory while it
-waits, so
+issued right before all of these, and copies of what they leave right after: XLA:GPU's scheduler works from the end, and
+starts a collective no earlier than it takes to hide it behind what runs right before its reader. Any other copy may be
+made ahead of the op that first reads it, back to where its value is made, or to the block's start if it is made of
+nothing but what the block begins with (a parameter, cast or not: the cast is moved along). It then takes memory while
+it waits, so
 
     at every place of a block, copies that are issued and not yet read hold at most `AHEAD` times the bytes of the
     largest one that can be made at the block's start (a weight); a larger one waits until all before it are read.
