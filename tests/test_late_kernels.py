@@ -7,19 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import ffjax
 from ffjax.cost.cluster import Cluster
+from ffjax.cost.collectives import CollectiveModel
+from ffjax.cost.fusion import fusible
 from ffjax.cost.kernels import kernels
 from ffjax.cost.simulation.late_kernels import late_kernels
+from ffjax.cost.simulation.simulator import Simulator
 from ffjax.cost.simulation.streams import MOST_LATER, Entry, Event, Issue, Later, Rest, Run, State, Wait, idle, play
 from ffjax.cost.simulation.task_costs import Hop
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.ir.graph import Graph, build_graph
 from ffjax.ir.regions import find_regions
-from ffjax.ir.spec import Collective
+from ffjax.ir.spec import Collective, MeshShape
 from ffjax.planner import trace_step
+from ffjax.strategies.candidates import candidates
 
 LAYERS, WIDTH = 3, 4096
 
@@ -123,13 +128,15 @@ def test_of_many_late_kernels_the_last_ones_can_run_early() -> None:
 # -- plans
 
 
+weights = tuple(jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16) for _ in range(LAYERS))
+x = jax.ShapeDtypeStruct((8192, WIDTH), jnp.bfloat16)
+
+
+def step(weights: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(w - g for w, g in zip(weights, jax.grad(loss)(weights, x), strict=True))
+
+
 def timeline(strategy: str) -> Timeline:
-    weights = tuple(jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16) for _ in range(LAYERS))
-    x = jax.ShapeDtypeStruct((8192, WIDTH), jnp.bfloat16)
-
-    def step(weights: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(w - g for w, g in zip(weights, jax.grad(loss)(weights, x), strict=True))
-
     plan = ffjax.plan(
         step, weights, x, cluster=Cluster.named("h100"), mesh={"x": 8}, strategy=strategy, donate_argnums=0
     )
@@ -146,3 +153,41 @@ def test_summed_gradients_follow_the_way_back_and_the_last_sum_is_exposed() -> N
         assert summed.start_s >= gradient.end_s
     last = sums[-1]
     assert not any(p.start_s < last.end_s and last.start_s < p.end_s for p in products)
+
+
+def test_copies_for_late_kernels_and_of_what_they_leave_wait_for_them() -> None:
+    """Whatever the plan: what is copied for late kernels alone, not before those that run earlier have."""
+    graph = build_graph(trace_step(step, (weights, x), {}))
+    regions = find_regions(graph)
+    mesh = MeshShape(("x", "y"), (2, 4))
+    simulator = Simulator(regions, kernels(regions), CollectiveModel(mesh, Cluster.named("h100")))
+    block = simulator.tasks.blocks[0]
+    before = [op for at, ops in block.runs.items() for op in ops if at < block.late_at and op not in block.late]
+    rng = np.random.default_rng(0)
+    seen = {"for": 0, "of": 0}
+    for _ in range(20):
+        found = [candidates(regions, region, mesh) for region in regions.regions]
+        simulator.run([own[int(rng.integers(len(own)))] for own in found])
+        log, _ = simulator.log(0)
+        ends = {op: e.end for e in log for op in e.ops} | {p: e.end for e in log for p in e.points if p < 0}
+        # A copy may be made of another one, of the same value.
+        made = {p for e in log for p in e.points if p >= 0} | simulator.schedules[0].places().keys()
+        read = [regions.edges[p] for p in made]
+        others = {edge.value for edge in read if edge.op not in block.late}
+        for entry in log:
+            copied = [regions.edges[p] for p in entry.points if p >= 0]
+            if copied and copied[0].value not in others:
+                seen["for"] += 1
+                assert entry.start >= max(ends[op] for op in before)
+            for maker in {product(graph, edge.value) for edge in copied} & set(block.late):
+                seen["of"] += 1
+                assert entry.start >= max(ends[maker], ends.get(~maker, 0))
+    assert min(seen.values()) > 20, seen
+
+
+def product(graph: Graph, value: int) -> int:
+    """The op that a value is made by, if only fused ops lie between."""
+    op = graph.ops[graph.values[value].producer]
+    while fusible(op) and len(op.operands) == 1:
+        op = graph.ops[graph.values[op.operands[0]].producer]
+    return op.id

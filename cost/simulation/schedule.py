@@ -1,9 +1,12 @@
 """When collectives are issued: as early as what they read is there, but copies not without end.
 
 Sums are issued after the kernel that they sum. Late kernels run before the step `Block.late_at`, each with its sum, if
-it has one; those without may run while others wait, from their own place on. A copy may be made ahead of the op that
-first reads it, back to where its value is made, or to the block's start if it is made of nothing but what the block
-begins with (a parameter, cast or not: the cast is moved along). It then takes memory while it waits, so
+it has one; those without may run while others wait, from their own place on. Copies that only late kernels read are
+issued right before all of these, and copies of what they leave right after: XLA:GPU's scheduler works from the end, and
+starts a collective no earlier than it takes to hide it behind what runs right before its reader. Any other copy may be
+made ahead of the op that first reads it, back to where its value is made, or to the block's start if it is made of
+nothing but what the block begins with (a parameter, cast or not: the cast is moved along). It then takes memory while
+it waits, so
 
     at every place of a block, copies that are issued and not yet read hold at most `AHEAD` times the bytes of the
     largest one that can be made at the block's start (a weight); a larger one waits until all before it are read.
@@ -52,9 +55,15 @@ class Schedule:
         self._read_at = np.array([3 * op_of[p] + BEFORE for p in block.ports], dtype=np.int64)
         self._early, self._late = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self._blocks: dict[int, list[int]] = {}
+        self._of_late: set[int] = set()
+        """Ports that read what late kernels leave: copied as soon as all of these have run."""
         for read in reads:
             own = [self._index[p] for p in read.ports]
             self._early[own], self._late[own] = read.early, read.late
+            if block.late and read.late == 3 * block.late_at + BEFORE:
+                # What reads a late result may stand anywhere behind its product, which has not run there.
+                self._of_late.update(read.ports)
+                self._read_at[own] = np.maximum(self._read_at[own], read.late)
             for port in read.chain:
                 self._blocks.setdefault(port, []).extend(own)
         self.clear()
@@ -64,6 +73,7 @@ class Schedule:
         count = len(self._ports)
         self._blocked = np.zeros(count, np.int64)
         self._bytes, self._active = np.zeros(count), np.zeros(count, bool)
+        self._for_late = np.zeros(count, bool)
         self._place = np.full(count, _NOWHERE, np.int64)
         self._copies: dict[int, tuple[Issue, tuple[int, ...]]] = {}
         self._issued: list[dict[Point, tuple[int, Issue]]] = [{} for _ in self.segments]
@@ -103,6 +113,7 @@ class Schedule:
             issue, _ = self._copies.pop(lead)
             self._unwait(lead, issue.points)
             self._activate(lead, issue.points, 0.0, -1)
+        for_late = self._read_late(read, after)
         leads = [read.ports[c.readers[0]] for c in after]
         for index, (lead, copy) in enumerate(zip(leads, after, strict=True)):
             points = tuple(read.ports[r] for r in copy.readers)
@@ -111,6 +122,16 @@ class Schedule:
             self._copies[lead] = Issue(copy.hops, points, begins), read.prepared if index == 0 else ()
             self._wait(lead, points)
             self._activate(lead, points, copy.bytes, 1)
+            self._for_late[self._index[lead]] = for_late[index]
+
+    def _read_late(self, read: Read, copies: Sequence[Copy]) -> list[bool]:
+        """For each copy whether only late kernels read it, and what is made of it."""
+        found = [all(self._op_of[read.ports[r]] in self._later for r in copy.readers) for copy in copies]
+        for copy, late in zip(reversed(copies), reversed(found), strict=True):
+            # A copy comes after the one that it is made of, so that all that are made of one are known here.
+            if copy.base >= 0 and not late:
+                found[copy.base] = False
+        return found
 
     def _activate(self, lead: int, points: Sequence[int], size: float, step: int) -> None:
         self._bytes[self._index[lead]] = size
@@ -153,11 +174,12 @@ class Schedule:
             begins = np.where(self._blocked[active] > 0, self._late[active], self._early[active])
             weights = self._bytes[active][begins == START]
             budget = AHEAD * float(weights.max()) if len(weights) else 0.0
-            held = np.concatenate([[0.0], np.cumsum(self._bytes)])
+            late = self._for_late[active]
+            held = np.concatenate([[0.0], np.cumsum(np.where(self._for_late, 0.0, self._bytes))])
             # The copies from `oldest` on fit beside this one: it is issued when the one before them is read.
             oldest = np.searchsorted(held, np.minimum(held[active + 1] - budget, held[active]), side="left")
             limit = np.where(oldest > 0, self._read_at[oldest - 1] + DURING, START)
-            places = np.minimum(np.maximum(begins, limit), places)
+            places = np.where(late, 3 * self._later_at - 1, np.minimum(np.maximum(begins, limit), places))
         for index in np.flatnonzero(places != self._place[active]).tolist():
             lead = self._ports[active[index]]
             self._unplace(lead)
@@ -247,6 +269,10 @@ class Schedule:
                 issue(3 * op - 1)
                 flush()
                 rest()
+                for made in [i for i in issues[at:] if i[0] == 3 * op + BEFORE and i[1] in self._of_late]:
+                    issues.remove(made)
+                    found.append(self._issued[segment][made[1]][1])
+                upcoming = issues[at][0] if at < len(issues) else _END
             if not waits and not holds and upcoming > 3 * op + DURING and op not in late:
                 ops += deferred
                 if own and op not in moved:

@@ -392,7 +392,7 @@ class _Walk:
             late=3 * max([producer.id, *(self.step_of[k] for k in self.owed[value])]) + AFTER,
         )
         if self.from_late[value] and self.blocks[block].late:
-            read.late = max(read.late, 3 * self.blocks[block].late_at + AFTER)
+            read.late = max(read.late, 3 * self.blocks[block].late_at + BEFORE)
         if self.outside(value, block):
             read.late, read.upstream = START, ()
         elif (lead := self.leads.get(value)) is None:
