@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from jax.tree_util import keystr
 
 from ffjax import nnx
-from ffjax.cost.cluster import parse_bytes
+from ffjax.cost.hardware import parse_bytes
 from ffjax.errors import FfjaxError
 from ffjax.ir.compat import is_extended
 from ffjax.ir.trace import abstract, nbytes

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from scipy.stats import spearmanr
 
 from ffjax.cost.cluster import Cluster
@@ -56,6 +57,7 @@ def predicted(case: dict[str, Any]) -> tuple[float, float]:
     return ours.run(layout.assignments).step_s, size
 
 
+@pytest.mark.recorded
 def test_recorded_steps_and_collectives() -> None:
     cases = json.loads(RECORDED.read_text(encoding="utf-8"))["cases"]
     assert len(cases) > 60

@@ -20,7 +20,7 @@ from long_program import long_step
 
 @pytest.mark.parametrize("called", [False, True], ids=["as_it_is", "one_call"])
 def test_a_long_step_runs_sharded(called: bool) -> None:
-    step, state, batch = long_step(1_000, called=called)
+    step, state, batch = long_step(1_200, called=called)
     sharded = ffjax.autoshard(step, mesh={"x": 8}, strategy="data_parallel")
     plan = sharded.plan(state, batch)
     assert len(plan.bound.graph.program.jaxpr.eqns) > 1_000

@@ -39,6 +39,7 @@ ACCEPTED: dict[tuple[Platform, bool], Accepted] = {
 """By platform, for the models that the figures in `ffjax.cost.compilers` were fitted to, and for those held out."""
 
 
+@pytest.mark.recorded
 @pytest.mark.parametrize("platform", ["gpu", "cpu"])
 def test_recorded_peaks(platform: Platform) -> None:
     recorded = Recorded.read(RECORDED, platform)
