@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import ad_checkpoint, clusters, debugging, distributed, source_info_util, xla_bridge
-from jax._src.interpreters import partial_eval
+from jax._src.interpreters import mlir, partial_eval
 from jax._src.state import discharge
 from jax._src.state.types import AbstractRef
 from jax.extend import core
@@ -243,11 +246,40 @@ def bind(eqn: core.JaxprEqn, operands: Sequence[jax.Array], params: dict[str, ob
 
 
 def expansion(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """The program that an equation of JAX's higher level stands for (since jax 0.11); None for all others."""
-    if eqn.primitive.name != "call_hi_primitive":
+    """The program that an equation stands for: one of JAX's higher level (since jax 0.11), or of another library's
+    primitive that lowers by tracing a function (`mlir.lower_fun`); None for all others.
+    """
+    lower: Callable[..., object] | None
+    if eqn.primitive.name == "call_hi_primitive":
+        lower = eqn.primitive.to_lojax
+    else:
+        lower = _lowering_function(eqn.primitive)
+    if lower is None:
         return None
-    lower: Callable[..., object] = eqn.primitive.to_lojax
     return jax.make_jaxpr(lambda *args: lower(*args, **eqn.params))(*map(struct_of, eqn.invars))
+
+
+_TRACED = mlir.lower_fun(lambda: None).__code__
+"""The code of every lowering rule that traces a function."""
+
+
+def _lowering_function(primitive: core.Primitive) -> Callable[..., object] | None:
+    """The function that a primitive of another library lowers to on every platform; JAX's own are left alone."""
+    entry = mlir._lowerings.get(primitive)
+    rule = getattr(entry, "rule", entry)  # a bare rule before jax 0.10
+    if getattr(rule, "__code__", None) is not _TRACED or primitive in chain(
+        *mlir._platform_specific_lowerings.values()
+    ):
+        return None
+    fun: Callable[..., object] = inspect.getclosurevars(rule).nonlocals["fun"]
+    return None if _module(fun).partition(".")[0] == "jax" else fun
+
+
+def _module(fun: Callable[..., object]) -> str:
+    """Where a function was written, within what `functools.partial` made of it."""
+    while isinstance(fun, functools.partial):
+        fun = fun.func
+    return getattr(fun, "__module__", "jax")
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -352,6 +384,14 @@ def dtype_of(var: core.Var | core.Literal) -> np.dtype[np.generic] | None:
 
 
 _PARTITIONABLE = "jax_threefry_partitionable"
+
+
+def nbytes(shape: Sequence[int], dtype: Any) -> float:
+    """Bytes of an array; a typed PRNG key counts its underlying words."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return float(np.prod(shape, dtype=np.float64)) * float(np.prod(dtype._impl.key_shape)) * 4
+    itemsize = 0.5 if "int4" in str(dtype) else np.dtype(dtype).itemsize
+    return float(np.prod(shape, dtype=np.float64)) * itemsize
 
 
 def threefry_is_partitionable() -> bool:
