@@ -7,7 +7,6 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, Protocol
 
 import jax
@@ -249,11 +248,8 @@ def expansion(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """The program that an equation stands for: one of JAX's higher level (since jax 0.11), or of another library's
     primitive that lowers by tracing a function (`mlir.lower_fun`); None for all others.
     """
-    lower: Callable[..., object] | None
-    if eqn.primitive.name == "call_hi_primitive":
-        lower = eqn.primitive.to_lojax
-    else:
-        lower = _lowering_function(eqn.primitive)
+    higher = eqn.primitive.name == "call_hi_primitive"
+    lower: Callable[..., object] | None = eqn.primitive.to_lojax if higher else _lowering_function(eqn.primitive)
     if lower is None:
         return None
     return jax.make_jaxpr(lambda *args: lower(*args, **eqn.params))(*map(struct_of, eqn.invars))
@@ -263,13 +259,13 @@ _TRACED = mlir.lower_fun(lambda: None).__code__
 """The code of every lowering rule that traces a function."""
 
 
+@functools.lru_cache(maxsize=1024)
 def _lowering_function(primitive: core.Primitive) -> Callable[..., object] | None:
     """The function that a primitive of another library lowers to on every platform; JAX's own are left alone."""
     entry = mlir._lowerings.get(primitive)
-    rule = getattr(entry, "rule", entry)  # a bare rule before jax 0.10
-    if getattr(rule, "__code__", None) is not _TRACED or primitive in chain(
-        *mlir._platform_specific_lowerings.values()
-    ):
+    rule: Any = getattr(entry, "rule", entry)  # a bare rule before jax 0.10
+    specific = any(primitive in rules for rules in mlir._platform_specific_lowerings.values())
+    if specific or getattr(rule, "__code__", None) is not _TRACED:
         return None
     fun: Callable[..., object] = inspect.getclosurevars(rule).nonlocals["fun"]
     return None if _module(fun).partition(".")[0] == "jax" else fun
@@ -386,7 +382,7 @@ def dtype_of(var: core.Var | core.Literal) -> np.dtype[np.generic] | None:
 _PARTITIONABLE = "jax_threefry_partitionable"
 
 
-def nbytes(shape: Sequence[int], dtype: Any) -> float:
+def nbytes(shape: Sequence[int], dtype: Any) -> float:  # noqa: ANN401  # JAX's extended dtypes have no common type
     """Bytes of an array; a typed PRNG key counts its underlying words."""
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return float(np.prod(shape, dtype=np.float64)) * float(np.prod(dtype._impl.key_shape)) * 4

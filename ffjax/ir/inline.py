@@ -1,8 +1,9 @@
 """Flattens calls and lifts constants, so that a program is one jaxpr whose inputs are all its arrays.
 
-Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, linear solves, remat regions without
-a barrier, other libraries' primitives that lower by tracing a function) become plain equations. Loops, branches and remat regions with a barrier stay structured. Equal equations
-of one body become one, as XLA will make them anyway: what runs once is counted once.
+Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, linear solves, remat regions without a
+barrier, other libraries' primitives that lower by tracing a function) become plain equations. Loops, branches and
+remat regions with a barrier stay structured. Equal equations of one body become one, as XLA will make them anyway:
+what runs once is counted once.
 Arrays that the program closes over, at any depth, become its leading arguments, each once.
 """
 
