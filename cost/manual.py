@@ -14,7 +14,6 @@ from ffjax.ir import compat
 from ffjax.ir.compat import Jaxpr, JaxprEqn, Literal, Var
 from ffjax.ir.manual import COLLECTIVES, loop_trips
 from ffjax.ir.op_kinds import PRODUCTS, WORK
-from ffjax.ir.trace import nbytes
 
 
 class BodyTask(NamedTuple):
@@ -55,7 +54,7 @@ def _tasks(jaxpr: Jaxpr, trips: float) -> Iterator[BodyTask]:
 
 def _bytes(atom: Var | Literal) -> float:
     dtype = compat.dtype_of(atom)
-    return 0.0 if dtype is None else nbytes(compat.shape_of(atom), dtype)
+    return 0.0 if dtype is None else compat.nbytes(compat.shape_of(atom), dtype)
 
 
 def _dtype(eqn: JaxprEqn) -> str:

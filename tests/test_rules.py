@@ -232,6 +232,30 @@ def test_own_primitive_runs_on_pieces() -> None:
     np.testing.assert_allclose(lowered.compile()(x)[0], x.sum(0))
 
 
+def test_primitive_that_lowers_by_a_traced_function_is_that_function() -> None:
+    def newton(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] - jnp.tanh(c[1])), (0, x))[1]
+
+    own = core.Primitive("own_newton")
+    own.def_abstract_eval(lambda x: x)
+    own.def_impl(lambda x: pytest.fail("only its lowering says what runs"))
+    mlir.register_lowering(own, mlir.lower_fun(newton, multiple_results=False))
+    jaxpr, _ = inline(jax.make_jaxpr(lambda x: own.bind(jnp.cumsum(x)))(jnp.ones((16, 8))))
+    names = [eqn.primitive.name for eqn in jaxpr.eqns]
+    assert "while" in names
+    assert "own_newton" not in names
+    assert "cumsum" in names, "JAX's own primitives stay"
+    register_rule("own_newton")(lambda eqn: "([i])->([i]) {i=128}")
+    jaxpr, _ = inline(jax.make_jaxpr(own.bind)(jnp.ones(128)))
+    assert [eqn.primitive.name for eqn in jaxpr.eqns] == ["own_newton"], "a registered rule is the user's word"
+
+
+def test_arrays_without_elements_cost_nothing_whole() -> None:
+    eqns = equations(lambda x: jax.lax.reshape(x, (1, 0, 8)), (0, 8))
+    (rule,) = rules_for(eqns)  # without a warning
+    assert rule.need_replication
+
+
 def test_what_is_known_is_not_lowered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def program(x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.tanh(x @ w) * 1.25

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import ad_checkpoint, clusters, debugging, distributed, source_info_util, xla_bridge
-from jax._src.interpreters import partial_eval
+from jax._src.interpreters import mlir, partial_eval
 from jax._src.state import discharge
 from jax._src.state.types import AbstractRef
 from jax.extend import core
@@ -244,11 +246,37 @@ def bind(eqn: core.JaxprEqn, operands: Sequence[jax.Array], params: dict[str, ob
 
 
 def expansion(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """The program that an equation of JAX's higher level stands for (since jax 0.11); None for all others."""
-    if eqn.primitive.name != "call_hi_primitive":
+    """The program that an equation stands for: one of JAX's higher level (since jax 0.11), or of another library's
+    primitive that lowers by tracing a function (`mlir.lower_fun`); None for all others.
+    """
+    higher = eqn.primitive.name == "call_hi_primitive"
+    lower: Callable[..., object] | None = eqn.primitive.to_lojax if higher else _lowering_function(eqn.primitive)
+    if lower is None:
         return None
-    lower: Callable[..., object] = eqn.primitive.to_lojax
     return jax.make_jaxpr(lambda *args: lower(*args, **eqn.params))(*map(struct_of, eqn.invars))
+
+
+_TRACED = mlir.lower_fun(lambda: None).__code__
+"""The code of every lowering rule that traces a function."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _lowering_function(primitive: core.Primitive) -> Callable[..., object] | None:
+    """The function that a primitive of another library lowers to on every platform; JAX's own are left alone."""
+    entry = mlir._lowerings.get(primitive)
+    rule: Any = getattr(entry, "rule", entry)  # a bare rule before jax 0.10
+    specific = any(primitive in rules for rules in mlir._platform_specific_lowerings.values())
+    if specific or getattr(rule, "__code__", None) is not _TRACED:
+        return None
+    fun: Callable[..., object] = inspect.getclosurevars(rule).nonlocals["fun"]
+    return None if _module(fun).partition(".")[0] == "jax" else fun
+
+
+def _module(fun: Callable[..., object]) -> str:
+    """Where a function was written, within what `functools.partial` made of it."""
+    while isinstance(fun, functools.partial):
+        fun = fun.func
+    return getattr(fun, "__module__", "jax")
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -353,6 +381,14 @@ def dtype_of(var: core.Var | core.Literal) -> np.dtype[np.generic] | None:
 
 
 _PARTITIONABLE = "jax_threefry_partitionable"
+
+
+def nbytes(shape: Sequence[int], dtype: Any) -> float:  # noqa: ANN401  # JAX's extended dtypes have no common type
+    """Bytes of an array; a typed PRNG key counts its underlying words."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return float(np.prod(shape, dtype=np.float64)) * float(np.prod(dtype._impl.key_shape)) * 4
+    itemsize = 0.5 if "int4" in str(dtype) else np.dtype(dtype).itemsize
+    return float(np.prod(shape, dtype=np.float64)) * itemsize
 
 
 def threefry_is_partitionable() -> bool:

@@ -96,6 +96,11 @@ def register_adjustment(primitive: str) -> Callable[[Adjustment], Adjustment]:
     return register
 
 
+def has_own_rule(eqn: JaxprEqn) -> bool:
+    """Whether a rule is registered for an equation's primitive, so that it stays one equation."""
+    return eqn.primitive.name in _RULES
+
+
 def extra_rule(eqn: JaxprEqn) -> OpShardingRule | None:
     """The registered rule of an equation, if its primitive has one.
 

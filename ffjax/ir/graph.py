@@ -22,7 +22,7 @@ from ffjax.ir.equation_rules import alike, rules_for
 from ffjax.ir.extra_rules import extra_rule
 from ffjax.ir.inline import bodies, walk
 from ffjax.ir.rules import OpShardingRule
-from ffjax.ir.trace import Program, nbytes
+from ffjax.ir.trace import Program
 
 NO_VALUE = -1
 """Stands for an operand that is a literal."""
@@ -152,7 +152,7 @@ class _Builder:
         key = compat.shape_of(var), compat.dtype_of(var)
         if key not in self.arrays:
             dtype = np.dtype("bool") if key[1] is None else key[1]
-            self.arrays[key] = key[0], str(dtype), nbytes(key[0], dtype)
+            self.arrays[key] = key[0], str(dtype), compat.nbytes(key[0], dtype)
         shape, dtype_name, size = self.arrays[key]
         self.graph.values.append(Value(id=index, shape=shape, dtype=dtype_name, bytes=size, scope=scope))
         self.graph.value_of[var] = index

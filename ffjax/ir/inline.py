@@ -1,8 +1,9 @@
 """Flattens calls and lifts constants, so that a program is one jaxpr whose inputs are all its arrays.
 
-Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, linear solves, remat regions without
-a barrier) become plain equations. Loops, branches and remat regions with a barrier stay structured. Equal equations
-of one body become one, as XLA will make them anyway: what runs once is counted once.
+Calls that XLA would inline anyway (jit, custom derivatives that AD left behind, linear solves, remat regions without a
+barrier, other libraries' primitives that lower by tracing a function) become plain equations. Loops, branches and
+remat regions with a barrier stay structured. Equal equations of one body become one, as XLA will make them anyway:
+what runs once is counted once.
 Arrays that the program closes over, at any depth, become its leading arguments, each once.
 """
 
@@ -38,6 +39,7 @@ from ffjax.ir.compat import (
     with_equations,
     with_scan_body,
 )
+from ffjax.ir.extra_rules import has_own_rule
 
 Atom = Var | Literal
 Array = jax.Array | np.ndarray
@@ -146,7 +148,7 @@ class _Body:
                 operands = self.constrained(eqn, "in_shardings", operands)
                 results = self.call(eqn, eqn.params[_CALLS[name]], operands)
                 results = self.constrained(eqn, "out_shardings", results)
-            elif (body := expansion(eqn)) is not None:
+            elif not has_own_rule(eqn) and (body := expansion(eqn)) is not None:
                 results = self.call(eqn, body, operands)
             elif name == "custom_linear_solve":
                 # As it lowers: the solver, on its own constants and the right-hand sides.

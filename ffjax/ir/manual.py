@@ -17,7 +17,6 @@ from ffjax.ir import compat
 from ffjax.ir.compat import JaxprEqn
 from ffjax.ir.rules import DimFactors, OpShardingRule
 from ffjax.ir.spec import Collective, CollectiveKind, MeshShape, Spec
-from ffjax.ir.trace import nbytes
 
 NAME = "shard_map"
 
@@ -98,7 +97,7 @@ def own_collectives(eqn: JaxprEqn) -> list[tuple[Collective, float]]:
             continue
         values = inner.invars if kind == "reduce_scatter" else inner.outvars
         for value in values:
-            one = Collective(kind, axes, nbytes(compat.shape_of(value), compat.dtype_of(value)))
+            one = Collective(kind, axes, compat.nbytes(compat.shape_of(value), compat.dtype_of(value)))
             found[one] = found.get(one, 0.0) + trips
     return list(found.items())
 

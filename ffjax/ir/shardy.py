@@ -195,7 +195,8 @@ def _rule_without_shardy(name: str, operands: Sequence[Shape], results: Sequence
         return last_replicated(operands, results)
     if name.startswith("chlo.") and name not in _NOT_ELEMENTWISE:
         return elementwise(operands, results)
-    if all(not shape for shape in (*operands, *results)):
+    scalars = all(not shape for shape in (*operands, *results))
+    if scalars or all(0 in shape for shape in results):  # an array without elements costs nothing whole
         return replicated(operands, results)
     return None
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.tree_util import PyTreeDef, keystr, tree_flatten_with_path, tree_structure
 
@@ -284,11 +282,3 @@ def _path(path: Sequence[Any]) -> str:
 
 def _leaf(path: str, aval: Any, root: str) -> Leaf:
     return Leaf(path=path, shape=tuple(aval.shape), dtype=str(aval.dtype), root=root)
-
-
-def nbytes(shape: Sequence[int], dtype: Any) -> float:
-    """Bytes of an array; a typed PRNG key counts its underlying words."""
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return float(np.prod(shape, dtype=np.float64)) * float(np.prod(dtype._impl.key_shape)) * 4
-    itemsize = 0.5 if "int4" in str(dtype) else np.dtype(dtype).itemsize
-    return float(np.prod(shape, dtype=np.float64)) * itemsize

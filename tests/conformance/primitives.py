@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
+from jax.extend import core
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import Array, Case, _foreign_mesh, descend, values, weights
@@ -444,6 +446,32 @@ def custom_derivatives() -> Case:
 
         new, value = descend(w, loss)
         return new, value, jax.vmap(doubled)(x)
+
+    return Case(step=step, args=(weights(16, 16), values(16, 16)), carries=0)
+
+
+@idiom()
+def primitives_of_a_library() -> Case:
+    """A loop inside a primitive of one's own, beside a batched scan over shared decays: its last halves are empty."""
+    solve = core.Primitive("conformance_solve")
+
+    def newton(x: Array) -> Array:
+        return lax.while_loop(lambda c: c[0] < 4, lambda c: (c[0] + 1, c[1] - 0.5 * (c[1] ** 3 - x)), (0, x))[1]
+
+    def decayed(row: Array) -> Array:
+        decay = jnp.linspace(0.1, 0.9, 16)
+        return lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decay, row))[1]
+
+    solve.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(solve, mlir.lower_fun(newton, multiple_results=False))
+
+    def step(w: Array, x: Array) -> tuple[Array, Array]:
+        def loss(w: Array) -> Array:
+            h = jnp.tanh(x @ w)
+            root = h + lax.stop_gradient(solve.bind(lax.stop_gradient(h)) - h)
+            return (jax.vmap(decayed)(root) ** 2).mean()
+
+        return descend(w, loss)
 
     return Case(step=step, args=(weights(16, 16), values(16, 16)), carries=0)
 
