@@ -18,8 +18,8 @@ from jax.tree_util import keystr
 from ffjax import nnx
 from ffjax.cost.hardware import parse_bytes
 from ffjax.errors import FfjaxError
-from ffjax.ir.compat import is_extended
-from ffjax.ir.trace import abstract, nbytes
+from ffjax.ir.compat import is_extended, nbytes
+from ffjax.ir.trace import abstract
 from ffjax.plan import Plan
 
 _STATE, _PLAN = "state", "plan.json"
