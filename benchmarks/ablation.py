@@ -19,7 +19,7 @@ from ffjax.examples import convnet, gpt, moe, recommender
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods import METHODS, Decomposition, Exact, NamedDimensions, Solution, Solver
 from ffjax.strategies.problem import Problem, build_problem

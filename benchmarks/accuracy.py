@@ -28,10 +28,11 @@ from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import device_mesh
 from ffjax.examples import convnet, gpt, moe, recommender
 from ffjax.ir.layout import Layout
-from ffjax.options import SearchOptions
-from ffjax.planner import plan_program, trace_step
-from ffjax.profile import needs, profile
-from ffjax.profile_grid import grid
+from ffjax.planning.options import SearchOptions
+from ffjax.planning.planner import plan_program
+from ffjax.planning.tracing import trace_step
+from ffjax.profiling.grid import grid
+from ffjax.profiling.profile import needs, profile
 from ffjax.testing import fake_devices
 
 ROUNDS = 9

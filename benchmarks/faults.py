@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ffjax.launch import free_port
+from ffjax.distributed.launch import free_port
 
 ROOT = Path(__file__).parents[1]
 FAULTY, TRAIN = str(ROOT / "benchmarks" / "faulty.py"), str(ROOT / "examples" / "launch" / "train.py")

@@ -25,8 +25,9 @@ from tables import write  # noqa: E402
 
 from ffjax.cost.cluster import Cluster  # noqa: E402
 from ffjax.examples import convnet, gpt, moe, recommender  # noqa: E402
-from ffjax.options import SearchOptions  # noqa: E402
-from ffjax.planner import plan_program, trace_step  # noqa: E402
+from ffjax.planning.options import SearchOptions  # noqa: E402
+from ffjax.planning.planner import plan_program  # noqa: E402
+from ffjax.planning.tracing import trace_step  # noqa: E402
 
 RUNS = 20
 GPT = dataclasses.replace(gpt.Config.gpt2(), layers=4, batch=8, dtype="bfloat16")

@@ -36,8 +36,9 @@ from ffjax.ir.graph import build_graph
 from ffjax.ir.inline import walk
 from ffjax.ir.regions import find_regions
 from ffjax.ir.trace import Program
-from ffjax.options import SearchOptions
-from ffjax.planner import plan_program, trace_step
+from ffjax.planning.options import SearchOptions
+from ffjax.planning.planner import plan_program
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.problem import build_problem

@@ -16,8 +16,9 @@ import numpy as np
 from tables import write
 
 import ffjax
-from ffjax.options import SearchOptions
-from ffjax.planner import plan_program, trace_step
+from ffjax.planning.options import SearchOptions
+from ffjax.planning.planner import plan_program
+from ffjax.planning.tracing import trace_step
 from ffjax.verifying import Verification, verify
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

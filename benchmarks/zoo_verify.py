@@ -18,9 +18,10 @@ from tables import write
 from zoo.registry import build
 from zoo_search import cluster_of
 
-from ffjax.options import SearchOptions
-from ffjax.plan import Competitor
-from ffjax.planner import plan_program, trace_step
+from ffjax.plan_record import Competitor
+from ffjax.planning.options import SearchOptions
+from ffjax.planning.planner import plan_program
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.session import AUTO
 from ffjax.verifying import verify
 

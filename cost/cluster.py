@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ffjax.cost.hardware import EXAMPLES, Device, Link, read_device, read_link
 from ffjax.cost.meshes import AxisGroup, axis_group, candidate_meshes
 from ffjax.cost.profiles import store as profile_store
+from ffjax.cost.profiles.calibrate import with_profile
 from ffjax.cost.profiles.profile import Profile, jax_version, machine_kind
 from ffjax.cost.simulation.timeline import COMPUTE
 from ffjax.cost.toml_fields import Fields, did_you_mean
@@ -117,8 +118,6 @@ class Cluster:
 
         Raises ProfileError for one that is missing, damaged, or of another device or jax and not accepted.
         """
-        from ffjax.cost.profiles.calibrate import with_profile  # which knows clusters
-
         return with_profile(self, profile, accept_other=accept_other)
 
     @staticmethod

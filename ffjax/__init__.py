@@ -8,7 +8,7 @@ from ffjax.cost.cluster import Cluster
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.pareto import Front, pareto
 from ffjax.plan import Plan
-from ffjax.planner import plan
+from ffjax.planning.planner import plan
 
 __version__ = "0.1.0"
 

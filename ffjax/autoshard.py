@@ -14,9 +14,10 @@ from ffjax.arguments import ArgumentOptions, Names, Numbers
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import TraceError
 from ffjax.ir.compat import AS_WRITTEN
-from ffjax.options import NEVER, SearchOptions, StepOptions
 from ffjax.plan import Plan
+from ffjax.planning.options import NEVER, SearchOptions
 from ffjax.sharded import Sharded
+from ffjax.step_options import StepOptions
 from ffjax.strategies.search import Progress
 from ffjax.strategies.session import AUTO
 
@@ -98,7 +99,7 @@ def autoshard(
     32.0
     """
     if isinstance(step, Sharded):
-        step = step.__wrapped__  # type: ignore[attr-defined]  # of functools.update_wrapper
+        step = step.__wrapped__
     if step is not None and not callable(step):
         raise TraceError(f"autoshard was given {step!r}, which cannot be called. Remedy: give it the step's function.")
     options = StepOptions(

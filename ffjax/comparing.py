@@ -16,7 +16,7 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
 from ffjax.cost.html_page import html_table, page
 from ffjax.pareto import Front, front_of
-from ffjax.planner import ProgramSearch
+from ffjax.planning.planner import ProgramSearch
 from ffjax.strategies.search import SearchResult
 from ffjax.strategies.session import AUTO, Found
 from ffjax.units import amount, bytes_text, seconds_text

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ffjax.autoshard import autoshard
+from ffjax.cli.targets import missing_remedy
 from ffjax.cost.estimate import Estimate
 from ffjax.cost.hlo.collectives import collectives_of, peak_bytes
 from ffjax.errors import FfjaxError
 from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
 from ffjax.plan import Plan
 from ffjax.strategies.session import AUTO
-from ffjax.targets import missing_remedy
 from ffjax.testing import fake_devices
 from ffjax.units import bytes_text, seconds_text
 

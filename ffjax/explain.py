@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from ffjax.cost.simulation.limits import FasterLink, Limits
 from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.spec import format_spec
-from ffjax.plan import Decision, Placement, Plan
+from ffjax.plan_record import Decision, Placement, PlanRecord
 from ffjax.units import bytes_text, seconds_text
 
 MOST_LINES = 10
 
 
-def explain(plan: Plan, *, details: bool = False) -> str:
+def explain(plan: PlanRecord, *, details: bool = False) -> str:
     """One page: the plan's figures, its state, what costs most and what the alternatives would have cost."""
     figures, search = plan.estimate, plan.search
     limit = None if details else MOST_LINES
@@ -117,7 +117,7 @@ def explain(plan: Plan, *, details: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _limits(plan: Plan, limits: Limits) -> list[str]:
+def _limits(plan: PlanRecord, limits: Limits) -> list[str]:
     """The busiest stream, and what a faster network or more memory would change."""
     faster = {link.link: link for link in limits.links}
     rows = []
@@ -158,7 +158,7 @@ def _or_nothing(saved_s: float) -> str:
     return "nothing" if abs(saved_s) < 1e-9 else f"{seconds_text(-saved_s)}"
 
 
-def diff(a: Plan, b: Plan) -> str:
+def diff(a: PlanRecord, b: PlanRecord) -> str:
     """One line for each thing that differs between two plans, `-` before and `+` after."""
     lines: list[str] = []
 

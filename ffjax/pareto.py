@@ -21,11 +21,12 @@ from ffjax.cost.html_page import html_table, page
 from ffjax.cost.simulation.limits import MoreMemory
 from ffjax.errors import FfjaxError
 from ffjax.explain import table
-from ffjax.inputs import warn_if_batch_is_whole
-from ffjax.options import SearchOptions
-from ffjax.pins import Pins
 from ffjax.plan import Plan
-from ffjax.planner import ProgramSearch, trace_step
+from ffjax.planning.inputs import warn_if_batch_is_whole
+from ffjax.planning.options import SearchOptions
+from ffjax.planning.pins import Pins
+from ffjax.planning.planner import ProgramSearch
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.pareto import pareto_front
 from ffjax.strategies.search import Progress, SearchResult
 from ffjax.strategies.session import AUTO

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import FfjaxWarning, PlanError
-from ffjax.fingerprint import digest, program_fingerprint
 from ffjax.ir.trace import Program
-from ffjax.options import SearchOptions
 from ffjax.plan import Plan
+from ffjax.planning.fingerprint import digest, program_fingerprint
+from ffjax.planning.options import SearchOptions
 
 _TO_THE_CALLER = 8
 """Of `read` and `keep`, under `agreed_plan`: the line that called the step."""

@@ -14,23 +14,24 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ffjax import nnx
-from ffjax.agreement import agreed_plan
 from ffjax.cost.cluster import Cluster, by_host
+from ffjax.distributed.agreement import agreed_plan
 from ffjax.emit.emit import in_shardings
 from ffjax.emit.run import jitted
 from ffjax.errors import ClusterError, PlanError
-from ffjax.fingerprint import program_fingerprint
-from ffjax.inputs import cluster_of
 from ffjax.ir.compat import no_mesh
 from ffjax.ir.trace import Program, argument_names, function_name
-from ffjax.kept import as_planned, devices_of
-from ffjax.options import StepOptions
 from ffjax.placing import apart, place
 from ffjax.plan import Plan
 from ffjax.plan_cache import CachedPlan
-from ffjax.planner import bind_program, plan_program
-from ffjax.remat import alternatives, trace_call, under
+from ffjax.planning.fingerprint import program_fingerprint
+from ffjax.planning.inputs import cluster_of
+from ffjax.planning.kept import as_planned, devices_of
+from ffjax.planning.planner import plan_program
+from ffjax.planning.remat import alternatives, trace_call, under
+from ffjax.planning.tracing import Stepped
 from ffjax.state import Places, batch_arguments, prefetched
+from ffjax.step_options import StepOptions
 
 _T = TypeVar("_T")
 
@@ -71,7 +72,7 @@ class _Runner:
         return placed
 
 
-class Sharded:
+class Sharded(Stepped):
     """A step under `autoshard`. Call it like the step; `plan`, `lower`, `init` and `place_*` say and do the rest."""
 
     def __init__(self, step: Callable[..., Any], options: StepOptions) -> None:
@@ -239,7 +240,7 @@ class Sharded:
             if given is None:
                 found = self._known(call, program)
             else:
-                found = self._agreed(call, program, search=functools.partial(bind_program, given, program))
+                found = self._agreed(call, program, search=functools.partial(given.bind_program, program))
             self._entries[signature] = _Entry(plan=found, program=found.bound.graph.program)
         return self._entries[signature]
 
@@ -250,7 +251,7 @@ class Sharded:
             for entry in self._entries.values():
                 wanted = program_fingerprint(as_planned(same, entry.plan))
                 if (entry.plan.remat, entry.plan.fingerprint) == (same.remat, wanted):
-                    return bind_program(entry.plan, same)
+                    return entry.plan.bind_program(same)
         return self._cached(call, program)
 
     def _agreed(
@@ -261,7 +262,7 @@ class Sharded:
             program,
             self._options.facts(),
             search=search,
-            bind=lambda plan: bind_program(plan, under(call, program, plan.remat)),
+            bind=lambda plan: plan.bind_program(under(call, program, plan.remat)),
             cached=cached,
         )
 

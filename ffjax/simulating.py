@@ -13,10 +13,10 @@ from ffjax.cost.memory import MemoryModel
 from ffjax.cost.simulation.simulator import simulate
 from ffjax.cost.simulation.timeline import Timeline
 from ffjax.errors import ClusterError, PlanError
-from ffjax.plan import Plan
+from ffjax.plan_record import PlanRecord
 
 
-def simulate_plan(plan: Plan, cluster: Cluster | None = None) -> Timeline:
+def simulate_plan(plan: PlanRecord, cluster: Cluster | None = None) -> Timeline:
     """Simulates a plan that is bound; see `Plan.simulate`."""
     layout = plan.bound
     cluster = cluster_of_plan(plan, cluster)
@@ -25,7 +25,7 @@ def simulate_plan(plan: Plan, cluster: Cluster | None = None) -> Timeline:
     return simulate(layout, kernels(regions), CollectiveModel(plan.mesh, cluster), memory)
 
 
-def cluster_of_plan(plan: Plan, cluster: Cluster | None = None) -> Cluster:
+def cluster_of_plan(plan: PlanRecord, cluster: Cluster | None = None) -> Cluster:
     """The cluster that a plan was made for, or the given one if it is such a cluster; raises PlanError if not."""
     cluster = cluster or plan.described or _shipped_cluster(plan)
     try:
@@ -40,7 +40,7 @@ def cluster_of_plan(plan: Plan, cluster: Cluster | None = None) -> Cluster:
     return cluster
 
 
-def _shipped_cluster(plan: Plan) -> Cluster:
+def _shipped_cluster(plan: PlanRecord) -> Cluster:
     """The cluster of a loaded plan: the shipped one of that name, with as many of its hosts as the devices make."""
     if plan.cluster in Cluster.names():
         cluster = Cluster.named(plan.cluster)

@@ -22,7 +22,7 @@ from ffjax.emit.run import device_mesh
 from ffjax.errors import PlanError
 from ffjax.ir.trace import Program, abstract
 from ffjax.placing import place, process_shape
-from ffjax.plan import Placement, Plan
+from ffjax.plan_record import Placement, PlanRecord
 
 _T = TypeVar("_T")
 Key = tuple[str, tuple[int, ...], str]
@@ -32,7 +32,7 @@ Key = tuple[str, tuple[int, ...], str]
 class Places:
     """The arguments of a plan's step, on devices of which the plan takes the first."""
 
-    def __init__(self, plan: Plan, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, plan: PlanRecord, devices: Sequence[jax.Device]) -> None:
         self.program = plan.program
         self.args = plan.args
         self.mesh = device_mesh(plan.mesh, devices)

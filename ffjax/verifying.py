@@ -17,8 +17,9 @@ from ffjax.cost.hlo.collectives import peak_bytes
 from ffjax.cost.hlo.compare import Report, planned_collectives, unplanned
 from ffjax.cost.hlo.simulator import simulate_hlo
 from ffjax.cost.hlo.source import read_module
+from ffjax.emit.run import lower
 from ffjax.errors import ClusterError
-from ffjax.plan import Plan
+from ffjax.plan_record import PlanRecord
 from ffjax.units import bytes_text, seconds_text
 
 
@@ -61,7 +62,7 @@ class Verification:
         )
 
 
-def verify(plan: Plan, cluster: Cluster, devices: Sequence[jax.Device] | None = None) -> Verification:
+def verify(plan: PlanRecord, cluster: Cluster, devices: Sequence[jax.Device] | None = None) -> Verification:
     """Compiles a plan and compares.
 
     Args:
@@ -75,7 +76,7 @@ def verify(plan: Plan, cluster: Cluster, devices: Sequence[jax.Device] | None = 
     """
     devices = devices_for(cluster) if devices is None else devices
     layout = plan.bound
-    lowered = plan.lower(devices)
+    lowered = lower(layout, devices)
     began = time.perf_counter()
     compiled = lowered.compile()
     compile_s = time.perf_counter() - began

@@ -23,7 +23,7 @@ from ffjax.cost.memory import MemoryModel
 from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions, find_regions
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.families import family_keys
 
 RECORDED = Path(__file__).parent / "data" / "memory_compiled.json"

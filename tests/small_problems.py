@@ -18,7 +18,7 @@ from ffjax.cost.kernels import by_family, kernels
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.problem import Problem, build_problem
 from tests.random_programs import Pick, drawn_picks, random_step

@@ -23,7 +23,7 @@ from ffjax.cost.simulation.simulator import Simulator
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.families import family_keys
 
 sys.path.insert(0, str(Path(__file__).parent))

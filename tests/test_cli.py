@@ -18,12 +18,13 @@ import pytest
 
 import ffjax
 import ffjax.examples
-from ffjax import cli, planner
+from ffjax import cli
+from ffjax.cli.targets import load_target, read_value
 from ffjax.demo import CHECKED_STEPS, UNSHARDED, Run, agree, run_demo, verdict
 from ffjax.errors import FfjaxError
+from ffjax.planning import planner
 from ffjax.strategies import all_strategies
 from ffjax.strategies.search import SearchResult
-from ffjax.targets import load_target, read_value
 
 PLAIN = """
 import jax, jax.numpy as jnp

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import pytest
 
 import ffjax
-from ffjax import agreement, distributed, rendezvous
-from ffjax.agreement import Asked, agreed_plan, program_text
+from ffjax import distributed
+from ffjax.distributed import agreement, rendezvous
+from ffjax.distributed.agreement import Asked, agreed_plan, program_text
+from ffjax.distributed.key_value import KeyValueStore
+from ffjax.distributed.rendezvous import Member, faults, meet, split_address
 from ffjax.errors import BudgetError, DistributedError, FfjaxWarning, PlanError
 from ffjax.ir.trace import trace
-from ffjax.key_value import KeyValueStore
 from ffjax.plan_cache import CachedPlan
-from ffjax.rendezvous import Member, faults, meet, split_address
 
 VERSIONS = {"jax": "0.10.2", "ffjax": "0.1.0"}
 

@@ -16,7 +16,7 @@ import pytest
 from ffjax.examples import gpt
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.families import family_keys, members
 
 
@@ -125,7 +125,7 @@ def test_keys_are_stable_across_processes_and_hash_seeds() -> None:
         "import jax, jax.numpy as jnp\n"
         "from ffjax.ir.graph import build_graph\n"
         "from ffjax.ir.regions import find_regions\n"
-        "from ffjax.planner import trace_step\n"
+        "from ffjax.planning.tracing import trace_step\n"
         "from ffjax.strategies.families import family_keys\n"
         "w = jax.ShapeDtypeStruct((16, 16), jnp.float32)\n"
         "f = jax.grad(lambda p, x: jnp.tanh(jnp.tanh(x @ p['a']) @ p['b']).sum())\n"

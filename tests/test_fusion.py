@@ -13,7 +13,7 @@ from ffjax.cost.fusion import find_fusions
 from ffjax.cost.kernels import Kernel, kernels
 from ffjax.ir.graph import Graph, build_graph
 from ffjax.ir.regions import find_regions
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 
 
 def graph_of(f: Callable[..., object], *shapes: tuple[int, ...]) -> Graph:

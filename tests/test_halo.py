@@ -20,7 +20,7 @@ from ffjax.ir.graph import build_graph
 from ffjax.ir.halo import exchanges, halos
 from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.search import search
 from ffjax.testing import assert_same_numerics
 

@@ -23,7 +23,7 @@ from ffjax.cost.simulation.timeline import Timeline
 from ffjax.ir.graph import Graph, build_graph
 from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import Collective, MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.candidates import candidates
 
 LAYERS, WIDTH = 3, 4096

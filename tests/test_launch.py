@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ffjax import launch as launching
 from ffjax.cli import main
-from ffjax.cli_launch import launch_command
+from ffjax.cli.launching import launch_command
 from ffjax.distributed import ENDED, detected
+from ffjax.distributed import launch as launching
+from ffjax.distributed.launch import Job
 from ffjax.examples.launch import train
-from ffjax.launch import Job
 
 sys.path.insert(0, str(Path(__file__).parent))
 from launched import Launch, ended, launched, script, started

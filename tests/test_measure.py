@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner
 
-from ffjax import measure as timing
 from ffjax.cli import main
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.profiles.profile import jax_version
@@ -19,9 +18,10 @@ from ffjax.cost.profiles.text import load_text
 from ffjax.errors import ProfileError
 from ffjax.ir.spec import COLLECTIVE_KINDS
 from ffjax.ir.trace import trace
-from ffjax.measure import Case, Measured, Operand, describe, measure, prepare_program, spread_out
-from ffjax.profile import layouts_of, needs, profile
-from ffjax.profile_grid import grid, kinds, matmul_case
+from ffjax.profiling import measure as timing
+from ffjax.profiling.grid import grid, kinds, matmul_case
+from ffjax.profiling.measure import Case, Measured, Operand, describe, measure, prepare_program, spread_out
+from ffjax.profiling.profile import layouts_of, needs, profile
 
 CPU = Cluster.named("cpu")
 

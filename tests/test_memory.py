@@ -29,7 +29,7 @@ from ffjax.ir.graph import NO_VALUE, build_graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape, Spec, shard_count
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.instants import Instants

@@ -16,7 +16,7 @@ from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.merged_remat import MERGED, merge_remat
 from ffjax.cost.order import as_written, scheduled
 from ffjax.ir.graph import NO_VALUE, Graph, build_graph
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 
 ROW = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 

@@ -17,7 +17,7 @@ from ffjax.cost.simulation.task_costs import TICKS_PER_S
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import LEAST, all_hidden, observed, overlapped

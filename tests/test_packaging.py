@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import shutil
 import subprocess
@@ -112,8 +113,16 @@ KNOWS = {
 """What a layer may import of ffjax, `ffjax.errors` aside; the top of the package knows all."""
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(path.read_text())):
+class _WhatRuns(ast.NodeTransformer):
+    """Drops imports that type checkers alone read."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def imports(path: Path, *, types: bool = True) -> Iterator[tuple[int, str]]:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree if types else _WhatRuns().visit(tree)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -141,3 +150,21 @@ def test_the_search_never_sees_jax() -> None:
         if name.split(".")[0] in ("jax", "jaxlib")
     ]
     assert not wrong
+
+
+def test_no_file_knows_one_that_knows_it() -> None:
+    places = {path: place for path, place in source_files().items() if path.suffix == ".py"}
+    modules = {
+        place.removesuffix(".py").removesuffix("/__init__").replace("/", "."): place for place in places.values()
+    }
+
+    def known(name: str) -> str | None:
+        """The file that an import reads: of a module, or of the one that has the name."""
+        return modules.get(name) or modules.get(name.rpartition(".")[0])
+
+    graph = {
+        place: {file for _, n in imports(path, types=False) if (file := known(n)) and file != place}
+        for path, place in places.items()
+    }
+    assert any(graph.values())
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files

@@ -23,10 +23,11 @@ from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.simulation.limits import FasterLink, Limits, MoreMemory, StreamUse
 from ffjax.errors import BudgetError, FfjaxError, PlanError
 from ffjax.ir.spec import MeshShape
-from ffjax.options import SearchOptions
 from ffjax.pareto import Front
 from ffjax.plan import Plan
-from ffjax.planner import ProgramSearch, trace_step
+from ffjax.planning.options import SearchOptions
+from ffjax.planning.planner import ProgramSearch
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.pareto import non_dominated, pareto_front
 from ffjax.strategies.search import SearchResult
 from ffjax.strategies.session import Found

@@ -36,9 +36,9 @@ from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import Collective, MeshShape
 from ffjax.ir.trace import trace
-from ffjax.measure import Case
 from ffjax.plan import Plan
-from ffjax.profile_grid import grid
+from ffjax.profiling.grid import grid
+from ffjax.profiling.measure import Case
 
 H100 = Cluster.named("h100")
 KIND = H100.device.kind

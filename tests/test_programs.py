@@ -30,7 +30,7 @@ from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.sharded import Sharded
 from ffjax.testing import assert_same_numerics
 

@@ -14,7 +14,7 @@ from ffjax.emit.oracle import explicit_collectives
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.testing import assert_same_numerics
 from tests.programs import values
 from tests.random_programs import OPS, Pick, drawn_picks, random_step

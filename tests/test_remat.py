@@ -16,7 +16,6 @@ from flax import nnx
 from ffjax.cost.kernels import kernels
 from ffjax.cost.memory import peak
 from ffjax.examples import gpt
-from ffjax.fingerprint import program_fingerprint
 from ffjax.ir.assignment import UNUSED, Assignment
 from ffjax.ir.compat import AS_WRITTEN, CHECKPOINT_POLICIES
 from ffjax.ir.graph import build_graph
@@ -24,7 +23,8 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import MeshShape
 from ffjax.ir.trace import Program
-from ffjax.planner import trace_step
+from ffjax.planning.fingerprint import program_fingerprint
+from ffjax.planning.tracing import trace_step
 
 POLICIES = tuple(CHECKPOINT_POLICIES)
 

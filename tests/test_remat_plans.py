@@ -15,12 +15,13 @@ import pytest
 from flax import nnx
 
 import ffjax
-from ffjax import cli, planner
+from ffjax import cli
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import BudgetError, PlanError, PlanMismatch
 from ffjax.ir.compat import AS_WRITTEN
-from ffjax.plan import Finalist
-from ffjax.planner import trace_step
+from ffjax.plan_record import Finalist
+from ffjax.planning import planner
+from ffjax.planning.tracing import trace_step
 from ffjax.testing import assert_same_numerics
 from tests.test_remat import POLICIES, Tower, arguments, layer, nnx_step, step_of
 
@@ -119,7 +120,7 @@ def test_a_saved_plan_is_traced_as_it_was(tmp_path: Path) -> None:
     step = step_of(jax.checkpoint(layer), scanned=True)
     assert loaded.bind(step, *shapes(), donate_argnums=0).bound.graph.program.remat == plan.remat
     with pytest.raises(PlanMismatch, match=f"remat='{plan.remat}'"):
-        planner.bind_program(loaded, trace_step(step, shapes(), {}, donate_argnums=0))
+        loaded.bind_program(trace_step(step, shapes(), {}, donate_argnums=0))
     assert "remat" in loaded.explain()
 
 

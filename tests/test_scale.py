@@ -18,12 +18,12 @@ from ffjax.cost.kernels import by_family, kernels
 from ffjax.cost.lifetimes import lifetimes
 from ffjax.cost.memory import MemoryModel
 from ffjax.cost.simulation.simulator import Simulator
-from ffjax.fingerprint import fingerprint
 from ffjax.ir.dims import named_dims
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import find_regions
 from ffjax.ir.trace import Program
-from ffjax.planner import trace_step
+from ffjax.planning.fingerprint import fingerprint
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.budget import layout_of
 from ffjax.strategies.families import family_keys
 from ffjax.strategies.problem import build_problem

@@ -22,7 +22,7 @@ from ffjax.ir.dims import named_dims
 from ffjax.ir.graph import build_graph
 from ffjax.ir.regions import Regions, find_regions
 from ffjax.ir.spec import MeshShape, Spec, spec_axes
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies import base
 from ffjax.strategies.base import Role, Strategy, all_strategies, named, register, unregister
 from ffjax.strategies.families import family_keys

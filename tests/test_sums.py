@@ -21,7 +21,7 @@ from ffjax.ir.graph import build_graph
 from ffjax.ir.layout import Layout
 from ffjax.ir.regions import Region, Regions, find_regions
 from ffjax.ir.spec import MeshShape
-from ffjax.planner import trace_step
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.candidates import candidates
 from ffjax.testing import assert_same_numerics, fake_devices
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import ffjax
-from ffjax import finalists
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.hlo.compare import Report
 from ffjax.errors import BudgetError, ClusterError, PlanError
+from ffjax.planning import finalists
 from ffjax.verifying import Verification, devices_for
 
 CPU = Cluster.named("cpu")

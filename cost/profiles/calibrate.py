@@ -17,16 +17,19 @@ import math
 import warnings
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ffjax.cost.cluster import Cluster
 from ffjax.cost.hardware import Device, Link
 from ffjax.cost.profiles.link_fits import Line, fit_line, link_fits
 from ffjax.cost.profiles.profile import Profile, Sample, jax_version
 from ffjax.cost.profiles.store import open_profile
 from ffjax.cost.work import ELEMENTWISE, MATMUL
 from ffjax.errors import FfjaxWarning, ProfileError
+
+if TYPE_CHECKING:
+    from ffjax.cost.cluster import Cluster
 
 _LARGE_BYTES = 1 << 22  # streams at least so large tell the memory's rate; smaller ones may live in a cache
 _FEW = 3

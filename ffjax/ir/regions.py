@@ -83,6 +83,20 @@ class Regions:
         region = self.regions[self.region_of[producer]]
         return region.solo and region.ops[-1] == producer
 
+    def subject(self, region: Region) -> tuple[str, str]:
+        """The source line (or the path, of an argument) and the kind of a region's largest op."""
+        graph = self.graph
+
+        def size(op: Op) -> float:
+            return max((graph.values[v].bytes for v in op.results), default=0.0)
+
+        heaviest = max((graph.ops[i] for i in region.ops), key=size)
+        if not heaviest.results:
+            return heaviest.label, heaviest.kind
+        value = graph.values[heaviest.results[0]]
+        more = f" and {len(region.ops) - 1} more" if len(region.ops) > 1 else ""
+        return graph.source(heaviest), f"{heaviest.kind} {value.dtype}{list(value.shape)}{more}"
+
 
 def find_regions(graph: Graph) -> Regions:
     """Joins the program's ops into regions, in near-linear time."""

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ffjax.explain import table
 from ffjax.ir.spec import format_spec
-from ffjax.plan import Placement, Plan
+from ffjax.plan import Plan
+from ffjax.plan_record import Placement
 from ffjax.units import bytes_text, seconds_text
 
 UPDATE = "pytest --ffjax-update-plans"

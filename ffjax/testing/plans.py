@@ -13,7 +13,7 @@ from ffjax.cost.hlo.collectives import collectives_of
 from ffjax.errors import BudgetError, FfjaxError
 from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, summarize
 from ffjax.plan import Plan
-from ffjax.planner import plan
+from ffjax.planning.planner import plan
 from ffjax.sharded import Sharded
 from ffjax.units import amount, bytes_text
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from ffjax.by_hand import mesh_by_hand
 from ffjax.emit.emit import partition_spec
 from ffjax.errors import FfjaxWarning, PlanError
 from ffjax.ir import compat
@@ -27,9 +26,10 @@ from ffjax.ir.inline import inline
 from ffjax.ir.regions import Regions
 from ffjax.ir.spec import MeshShape, Spec
 from ffjax.ir.trace import Program, constraints_in
-from ffjax.options import SearchOptions
-from ffjax.pins import OPEN, Wanted, Wish, entries, fits_beside
-from ffjax.plan import Plan
+from ffjax.plan_record import PlanRecord
+from ffjax.planning.by_hand import mesh_by_hand
+from ffjax.planning.options import SearchOptions
+from ffjax.planning.pins import OPEN, Wanted, Wish, entries, fits_beside
 from ffjax.strategies.candidates import candidates
 from ffjax.strategies.session import AUTO
 
@@ -92,7 +92,7 @@ def with_kept(program: Program, kept: Kept, *, say: bool = True) -> Program:
     return dataclasses.replace(program, jaxpr=jaxpr, constraints=constraints_in(jaxpr))
 
 
-def as_planned(program: Program, plan: Plan) -> Program:
+def as_planned(program: Program, plan: PlanRecord) -> Program:
     """The program that a plan was made for: with the constraints that it keeps."""
     return with_kept(program, Kept(mesh=plan.mesh) if plan.keeps_constraints else Kept(), say=False)
 

@@ -26,7 +26,7 @@ from ffjax.ir.layout import Layout
 from ffjax.ir.regions import find_regions
 from ffjax.ir.spec import local_shape
 from ffjax.ir.trace import Program
-from ffjax.measure import Case, Measured, Operand, Progress, analyse, measure
+from ffjax.profiling.measure import Case, Measured, Operand, Progress, analyse, measure
 from ffjax.strategies.search import search
 
 

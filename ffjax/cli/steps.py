@@ -8,18 +8,20 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from ffjax import planner, verifying
-from ffjax.cli_options import Question, with_question
-from ffjax.cli_output import console_of_output, progress_bar, writing
+from ffjax import verifying
+from ffjax.cli.options import Question, with_question
+from ffjax.cli.output import console_of_output, progress_bar, writing
 from ffjax.comparing import HEADER
 from ffjax.comparing import compare as compared
 from ffjax.cost.simulation.timeline import writer
 from ffjax.explain import short_source
-from ffjax.options import FINALISTS, NEVER, SearchOptions
 from ffjax.pareto import front_of
 from ffjax.pareto import writer as front_writer
 from ffjax.plan import Plan
-from ffjax.remat import SEARCH
+from ffjax.planning import planner
+from ffjax.planning.options import FINALISTS, NEVER, SearchOptions
+from ffjax.planning.remat import SEARCH
+from ffjax.planning.tracing import trace_step
 from ffjax.strategies.session import AUTO
 from ffjax.units import seconds_text
 
@@ -193,7 +195,7 @@ def _search(asked: Question, strategy: str, progress: Callable[[str, float], Non
         program = _planned(asked, strategy, progress).bound.graph.program
     else:
         target = asked.target
-        program = planner.trace_step(target.step, target.args, {}, donate_argnums=asked.donate, remat=asked.remat)
+        program = trace_step(target.step, target.args, {}, donate_argnums=asked.donate, remat=asked.remat)
     options = SearchOptions(
         cluster=asked.cluster,
         memory=asked.memory,

@@ -1,6 +1,6 @@
 """What `ffjax launch` runs in each process: joins the others, then runs the user's script as Python would.
 
-python -m ffjax.worker START.json-text script.py args...
+python -m ffjax.distributed.worker START.json-text script.py args...
 """
 
 from __future__ import annotations

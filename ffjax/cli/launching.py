@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ffjax.distributed import LOST_S, START_S
-from ffjax.launch import Job, launch
+from ffjax.distributed.launch import Job, launch
 
 
 @click.command(

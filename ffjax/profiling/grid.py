@@ -20,7 +20,7 @@ from ffjax.cost.meshes import AxisGroup, axis_group
 from ffjax.cost.roofline import op_seconds
 from ffjax.cost.work import CONVOLUTION, ELEMENTWISE, MATMUL, REDUCTION, convolution_params
 from ffjax.ir.spec import COLLECTIVE_KINDS, CollectiveKind, MeshShape
-from ffjax.measure import INNER, OUTER, Case, Operand, spread_out
+from ffjax.profiling.measure import INNER, OUTER, Case, Operand, spread_out
 
 _LONGEST_S = 0.05  # of one run, as it is guessed: longer ones tell nothing that shorter ones do not
 _MEMORY_SHARE = 0.1

@@ -1,4 +1,4 @@
-"""The command line, `ffjax`: what it prints, and with which status it ends. Commands that take more are in `cli_*`.
+"""The command line, `ffjax`: what it prints, and with which status it ends. Commands that take more are in its modules.
 
 Exit status: 0 if all is well, 1 where plans differ (`diff`) or loss curves do (`demo`), 2 for what cannot be done.
 """
@@ -12,10 +12,10 @@ import jax
 from rich.table import Table
 
 import ffjax
-from ffjax.cli_launch import launch_command
-from ffjax.cli_output import console_of_output, progress_bar
-from ffjax.cli_plan import compare, plan, simulate, verify
-from ffjax.cli_profile import profile_command
+from ffjax.cli.launching import launch_command
+from ffjax.cli.output import console_of_output, progress_bar
+from ffjax.cli.profiling import profile_command
+from ffjax.cli.steps import compare, plan, simulate, verify
 from ffjax.cost.cluster import Cluster
 from ffjax.demo import agree, report, run_demo, verdict
 from ffjax.errors import FfjaxError
@@ -114,6 +114,3 @@ def demo(ctx: click.Context, config: str, steps: int, count: int) -> None:
 
 for command in (plan, verify, explain, diff, compare, simulate, profile_command, devices, demo, launch_command):
     main.add_command(command)
-
-if __name__ == "__main__":
-    main()

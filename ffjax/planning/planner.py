@@ -11,31 +11,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ffjax import nnx
 from ffjax.arguments import ArgumentOptions, Names, Numbers
-from ffjax.by_hand import check_by_hand, mesh_by_hand
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.hardware import parse_bytes
-from ffjax.emit.emit import partition_spec
-from ffjax.errors import BudgetError, FfjaxWarning, PinError, PlanError, PlanMismatch
-from ffjax.finalists import settle
-from ffjax.fingerprint import fingerprint
-from ffjax.inputs import cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
-from ffjax.ir.assignment import UNUSED, Assignment
+from ffjax.errors import BudgetError, FfjaxWarning, PinError, PlanError
 from ffjax.ir.compat import AS_WRITTEN
 from ffjax.ir.graph import build_graph
-from ffjax.ir.layout import Layout
 from ffjax.ir.regions import find_regions
-from ffjax.ir.spec import Spec, format_spec
+from ffjax.ir.spec import Spec
 from ffjax.ir.trace import Program
-from ffjax.kept import as_planned, wanted_by, what_stays, with_kept
-from ffjax.options import NEVER, SearchOptions
-from ffjax.pins import Pins, Wanted, check_pins, keep_pins, pin_marks, pinned_specs
-from ffjax.plan import Plan, RematVariant
-from ffjax.plan_report import plan_of, subject
-from ffjax.remat import alternatives, trace_call
-from ffjax.strategies.candidates import is_candidate
-from ffjax.strategies.families import family_keys, members
+from ffjax.plan import Plan
+from ffjax.plan_record import RematVariant
+from ffjax.planning.by_hand import check_by_hand, mesh_by_hand
+from ffjax.planning.finalists import settle
+from ffjax.planning.fingerprint import fingerprint
+from ffjax.planning.inputs import cluster_of, mesh_of, over_budget, warn_if_batch_is_whole
+from ffjax.planning.kept import wanted_by, what_stays, with_kept
+from ffjax.planning.options import NEVER, SearchOptions
+from ffjax.planning.pins import Pins, Wanted, check_pins, keep_pins, pin_marks, pinned_specs
+from ffjax.planning.remat import alternatives, trace_call
+from ffjax.planning.report import plan_of
+from ffjax.planning.tracing import call_of
 from ffjax.strategies.search import MOST_AXES, Progress, SearchResult, search
 from ffjax.strategies.session import AUTO, Found
 
@@ -75,7 +71,7 @@ def plan(
         fastest plan that fits wins; one of these names fixes it. `"as written"` leaves it to the step: another policy
         is another program, with other memory and rounding than the one that was asked for, and takes a search more.
       keep_shardings: whether arguments that are sharded already, and sharding constraints in the step, stay as they are
-        (with `strategy="auto"`, on their mesh); False plans all anew. See `ffjax.kept`.
+        (with `strategy="auto"`, on their mesh); False plans all anew. See `ffjax.planning.kept`.
       static_argnums, static_argnames, donate_argnums, donate_argnames: as in `jax.jit`.
       progress: called with what is being done and the share that is done.
 
@@ -111,36 +107,6 @@ def plan(
     program = trace_call(call, remat)
     others = alternatives(call, program, remat)
     return plan_program(program, options, others=others, trace_s=time.perf_counter() - began)
-
-
-def trace_step(
-    step: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    *,
-    static_argnums: Numbers = None,
-    static_argnames: Names = None,
-    donate_argnums: Numbers = None,
-    donate_argnames: Names = None,
-    remat: str = AS_WRITTEN,
-) -> Program:
-    """Traces a step; one that takes NNX objects is made a function of their state first."""
-    marks = ArgumentOptions(
-        static_argnums=static_argnums,
-        static_argnames=static_argnames,
-        donate_argnums=donate_argnums,
-        donate_argnames=donate_argnames,
-    )
-    return trace_call(call_of(step, args, kwargs, marks), remat)
-
-
-def call_of(step: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], marks: ArgumentOptions) -> nnx.Call:
-    """A step and its arguments as a function of arrays; of a step under `autoshard` what is under it."""
-    from ffjax.sharded import Sharded
-
-    if isinstance(step, Sharded):
-        step = step.__wrapped__  # type: ignore[attr-defined]  # of functools.update_wrapper
-    return nnx.as_function(step, args, kwargs, *marks.of(step))
 
 
 @contextlib.contextmanager
@@ -337,51 +303,3 @@ def _fastest_compiled(settled: Sequence[Callable[[], Plan]]) -> Plan:
     if not plans:
         raise errors[0]
     return min(plans, key=lambda p: p.search.finalists[0].compiled_step_s)
-
-
-def bind_program(plan: Plan, program: Program) -> Plan:
-    """A plan on a program; raises PlanMismatch that says what differs if it was made for another."""
-    for ours, theirs in zip(program.args, plan.args, strict=False):
-        if (ours.path, ours.shape, ours.dtype) != (theirs.path, theirs.shape, theirs.dtype):
-            raise PlanMismatch(
-                f"the plan of {plan.program!r} was made for {theirs.path}: {theirs.dtype}{list(theirs.shape)}, but the "
-                f"argument is {ours.path}: {ours.dtype}{list(ours.shape)}. Remedy: search a plan for these arguments."
-            )
-    if program.remat != plan.remat:
-        raise PlanMismatch(
-            f"the plan of {plan.program!r} was made with remat={plan.remat!r}, but the program was traced with "
-            f"remat={program.remat!r}. Remedy: plan.bind(step, *args), which traces it as the plan wants."
-        )
-    program = as_planned(program, plan)
-    regions = find_regions(build_graph(program))
-    plan.check_fingerprint(fingerprint(regions), program.name)
-    wanted: Wanted = pinned_specs(regions, {pattern: partition_spec(spec) for pattern, spec in plan.pins.items()})
-    if plan.kept or program.constraints:
-        wanted, _ = wanted_by(regions, plan.kept, plan.mesh, wanted)
-    keys = family_keys(regions, pin_marks(regions, wanted))
-    found = {d.key: d.assignment(plan.mesh) for d in plan.decisions}
-    nothing = Assignment((UNUSED,) * len(plan.mesh.axes), (UNUSED,) * len(plan.mesh.axes))
-    for key, family in members(keys).items():
-        first = regions.regions[family[0]]
-        chosen = found.setdefault(key, nothing) if not first.sizes else found.get(key)
-        if chosen is None or not is_candidate(regions, first, chosen, plan.mesh):
-            where, what = subject(regions.graph, first)
-            fault = "no" if chosen is None else "an impossible"
-            raise PlanError(
-                f"the plan of {plan.program!r} has {fault} decision for {what} at {where} (key {key!r}). Remedy: "
-                "restore the plan's file, or search the plan again; pins= changes a plan."
-            )
-    layout = Layout(regions=regions, mesh=plan.mesh, assignments=[found[k] for k in keys], axis_prices=plan.axis_prices)
-    for placement, spec in zip(plan.args, _argument_specs(layout), strict=True):
-        if placement.spec != spec:
-            raise PlanError(
-                f"the plan of {plan.program!r} says that {placement.path} is {format_spec(placement.spec)}, but by its "
-                f"decisions it is {format_spec(spec)}. Remedy: restore the plan's file; pins= changes a plan."
-            )
-    return dataclasses.replace(plan, layout=layout)
-
-
-def _argument_specs(layout: Layout) -> list[Spec]:
-    """How the leaves of the arguments are sharded."""
-    graph = layout.graph
-    return [layout.home(graph.ops[op].results[0]) for op in graph.arguments[len(graph.program.closures) :]]

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from ffjax.distributed import ENDED, LOST_S, START_S, detected
-from ffjax.rendezvous import split_address
-from ffjax.worker import Start
+from ffjax.distributed.rendezvous import split_address
+from ffjax.distributed.worker import Start
 
 GRACE_S = 10.0
 """What processes have to end by themselves when the launcher is told to; a second signal ends them at once."""
@@ -158,7 +158,7 @@ def _spawn(start: Start, command: Sequence[str], events: queue.SimpleQueue[_Chil
         direct = [environment.get("no_grpc_proxy") or environment.get("no_proxy", "")]
         environment["no_grpc_proxy"] = ",".join([*filter(None, direct), split_address(start.coordinator)[0]])
     popen = subprocess.Popen(
-        [sys.executable, "-m", "ffjax.worker", start.to_json(), *command],
+        [sys.executable, "-m", "ffjax.distributed.worker", start.to_json(), *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 import jax
 
+from ffjax.distributed.key_value import KeyValueStore
+from ffjax.distributed.rendezvous import LOOPBACK, Member, meet, split_address
 from ffjax.errors import DistributedError
 from ffjax.ir import compat
-from ffjax.key_value import KeyValueStore
-from ffjax.rendezvous import LOOPBACK, Member, meet, split_address
 
 START_S = 300.0
 """How long processes wait for each other, by default: to start, and to come to the same plan."""

@@ -9,7 +9,8 @@ from typing import TypeAlias
 
 from ffjax.cost.cluster import Cluster
 from ffjax.errors import BudgetError
-from ffjax.plan import Finalist, Plan
+from ffjax.plan import Plan
+from ffjax.plan_record import Finalist
 from ffjax.strategies.search import Progress, SearchResult
 from ffjax.strategies.session import Found
 from ffjax.units import amount, bytes_text

@@ -11,9 +11,9 @@ from statistics import median
 import click
 import jax
 
-from ffjax import planner
-from ffjax.cli_options import LOCAL, cluster_named, settings_of
-from ffjax.cli_output import progress_bar
+from ffjax.cli.options import LOCAL, cluster_named, settings_of
+from ffjax.cli.output import progress_bar
+from ffjax.cli.targets import Target, load_target
 from ffjax.cost.cluster import Cluster
 from ffjax.cost.profiles import store as profile_store
 from ffjax.cost.profiles.calibrate import calibrated, cluster_text
@@ -22,11 +22,11 @@ from ffjax.cost.profiles.profile import Profile
 from ffjax.cost.profiles.store import ProfileStore
 from ffjax.cost.profiles.text import to_text
 from ffjax.errors import FfjaxError
-from ffjax.measure import Case, Measured, Progress, describe
 from ffjax.plan import Plan
-from ffjax.profile import layouts_of, needs, profile
-from ffjax.profile_grid import grid, kinds
-from ffjax.targets import Target, load_target
+from ffjax.planning.tracing import trace_step
+from ffjax.profiling.grid import grid, kinds
+from ffjax.profiling.measure import Case, Measured, Progress, describe
+from ffjax.profiling.profile import layouts_of, needs, profile
 
 _SHOWN = 5
 
@@ -134,7 +134,7 @@ def _cases_for(
         if plan is not None:
             layouts = [Plan.load(plan).bind(target.step, *target.args, donate_argnums=donate).bound]
         else:
-            program = planner.trace_step(target.step, target.args, {}, donate_argnums=donate)
+            program = trace_step(target.step, target.args, {}, donate_argnums=donate)
             layouts = layouts_of(program, cluster, progress)
         cases += [c for c in needs(layouts, cluster) if not only or c.kind in only]
     if with_grid:

@@ -20,9 +20,9 @@ import jax
 
 import ffjax.errors
 from ffjax import distributed
+from ffjax.distributed.key_value import KeyValueStore
 from ffjax.errors import DistributedError, FfjaxError
 from ffjax.ir.trace import Program
-from ffjax.key_value import KeyValueStore
 from ffjax.plan import Plan
 from ffjax.plan_cache import CachedPlan
 

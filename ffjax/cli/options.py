@@ -12,10 +12,10 @@ import click
 import jax
 from jax.sharding import PartitionSpec
 
+from ffjax.cli.targets import Target, load_target
 from ffjax.cost.cluster import Cluster
 from ffjax.ir.compat import AS_WRITTEN, CHECKPOINT_POLICIES
-from ffjax.remat import SEARCH
-from ffjax.targets import Target, load_target
+from ffjax.planning.remat import SEARCH
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -10,15 +10,15 @@ from ffjax.cost.cluster import Cluster
 from ffjax.cost.collectives import CollectiveModel
 from ffjax.cost.estimate import estimate
 from ffjax.cost.simulation.limits import MoreMemory, limits_of
-from ffjax.fingerprint import fingerprint
 from ffjax.ir.assignment import UNUSED, Assignment
-from ffjax.ir.graph import Graph, Op
-from ffjax.ir.regions import Region, Regions
+from ffjax.ir.regions import Regions
 from ffjax.ir.rules import factor_name
 from ffjax.ir.spec import MeshShape, Spec
 from ffjax.ir.trace import Program
-from ffjax.pins import entries
-from ffjax.plan import Competitor, Decision, Placement, Plan, SearchReport
+from ffjax.plan import Plan
+from ffjax.plan_record import Competitor, Decision, Placement, SearchReport
+from ffjax.planning.fingerprint import fingerprint
+from ffjax.planning.pins import entries
 from ffjax.strategies.families import members
 from ffjax.strategies.problem import total_seconds
 from ffjax.strategies.runner_up import RunnerUp, runners_up
@@ -113,7 +113,6 @@ def _more_memory(result: SearchResult, best: Found) -> MoreMemory | None:
 
 
 def _decisions(regions: Regions, best: Found, keys: Sequence[str], others: Sequence[RunnerUp | None]) -> list[Decision]:
-    graph = regions.graph
     families = members(keys)
     decisions = []
     for node, choice, other in zip(best.problem.nodes, best.choice, others, strict=True):
@@ -123,7 +122,7 @@ def _decisions(regions: Regions, best: Found, keys: Sequence[str], others: Seque
         names = [factor_name(i) for i in range(len(region.sizes))]
         split, scatter = _describe(node.candidates[choice], names, best.mesh)
         runner_up = "" if other is None else _text(*_describe(node.candidates[other.candidate], names, best.mesh))
-        where, what = subject(graph, region)
+        where, what = regions.subject(region)
         decisions.append(
             Decision(
                 key=node.key,
@@ -150,20 +149,6 @@ def _describe(candidate: Assignment, names: Sequence[str], mesh: MeshShape) -> t
 def _text(split: Mapping[str, str], scatter: Mapping[str, int]) -> str:
     parts = [f"{a}:{f}" + (f"->dim {scatter[a]}" if a in scatter else "") for a, f in split.items()]
     return " ".join(parts) or "whole"
-
-
-def subject(graph: Graph, region: Region) -> tuple[str, str]:
-    """The source line (or the path, of an argument) and the kind of a region's largest op."""
-
-    def size(op: Op) -> float:
-        return max((graph.values[v].bytes for v in op.results), default=0.0)
-
-    heaviest = max((graph.ops[i] for i in region.ops), key=size)
-    if not heaviest.results:
-        return heaviest.label, heaviest.kind
-    value = graph.values[heaviest.results[0]]
-    more = f" and {len(region.ops) - 1} more" if len(region.ops) > 1 else ""
-    return graph.source(heaviest), f"{heaviest.kind} {value.dtype}{list(value.shape)}{more}"
 
 
 def _search_report(result: SearchResult, best: Found, seconds: dict[str, float]) -> SearchReport:

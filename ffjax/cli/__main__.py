@@ -1,0 +1,5 @@
+"""`python -m ffjax.cli` is `ffjax`."""
+
+from ffjax.cli import main
+
+main()
