@@ -18,6 +18,7 @@ that border, so the answer is exactly that of simulating everything.
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -98,6 +99,16 @@ class Simulator:
             for body in inner.bodies
         }
         self.assignments: list[Assignment] = []
+
+    def on(self, model: CollectiveModel, axis_prices: tuple[float, ...] | None = None) -> Simulator:
+        """A simulator of the same program on another mesh or other links; it shares what no plan changes."""
+        other = copy.copy(self)
+        other.model, other.overlap = model, model.cluster.async_collectives
+        other.axis_prices = model.axis_prices if axis_prices is None else axis_prices
+        other._costs = self._costs.on(model)
+        other.schedules = {scope: schedule.empty() for scope, schedule in self.schedules.items()}
+        other.assignments = []
+        return other
 
     def run(self, assignments: Sequence[Assignment]) -> Simulated:
         """Simulates a plan from the beginning: one assignment for each region."""
@@ -237,17 +248,17 @@ class Simulator:
         schedule, played = self.schedules[scope], self._played[scope]
         if not schedule.dirty:
             return
-        todo = sorted(schedule.dirty, reverse=True)
-        segment, state = todo[-1], played.states[todo[-1]]
+        pending = sorted(schedule.dirty, reverse=True)
+        segment, state = pending[-1], played.states[pending[-1]]
         while True:
-            if todo and todo[-1] == segment:
-                todo.pop()
+            if pending and pending[-1] == segment:
+                pending.pop()
                 self._prepare(scope, segment)
             elif state == played.states[segment]:
                 # From here on all is as it was, up to the next segment whose events changed.
-                if not todo:
+                if not pending:
                     break
-                segment = todo[-1]
+                segment = pending[-1]
                 state = played.states[segment]
                 continue
             played.states[segment] = state
@@ -258,8 +269,8 @@ class Simulator:
             played.elapsed[segment], state, later = play(played.events[segment], state, overlap=self.overlap, ran=ran)
             if later != played.later[segment]:
                 played.later[segment] = later
-                if segment < late and late not in todo:
-                    bisect.insort(todo, late, key=lambda s: -s)
+                if segment < late and late not in pending:
+                    bisect.insort(pending, late, key=lambda s: -s)
             segment += 1
         schedule.dirty.clear()
         totals = (sum(played.elapsed) + max(played.states[-1].links), sum(played.compute), sum(played.comm))
