@@ -10,6 +10,7 @@ that, and copies, depend on who still reads them how, and are counted for pairs 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,27 +51,31 @@ class Instant:
     fixed_bytes: float
 
 
-@dataclass(frozen=True, slots=True)
 class _Times:
     """For values of one transfer and each consumer of it: when it needs a copy, has it, and is done with it."""
 
-    values: Ints
-    first: Ints
-    gathered: Ints
-    last: Ints
-    counts: NDArray[np.bool_]
-    """Whether the values' own memory is counted here: they may be read in several scopes."""
+    def __init__(self, values: list[int], table: Ints, counts: list[bool]) -> None:
+        self.values = values
+        self.first: list[list[int]] = table[..., 0].tolist()
+        self.gathered: list[list[int]] = table[..., 1].tolist()
+        self.last: list[list[int]] = table[..., 2].tolist()
+        self.counts = counts
+        """Whether the values' own memory is counted here: they may be read in several scopes."""
+        self.begins = np.where(table[..., 2] >= 0, table[..., 0], np.iinfo(np.int64).max).min(axis=1)
+        """For each value when the first of all needs it."""
+        self.ends = table[..., 2].max(axis=1)
+        """When the last of all is done with it."""
 
 
 class Instants:
-    """The instants of a problem's program. Problems that differ in candidates alone have instants of the same form."""
+    """The instants of a problem's program. Problems that differ in mesh and candidates have instants of one form."""
 
     def __init__(self, problem: Problem, memory: MemoryModel) -> None:
         self.problem, self.memory = problem, memory
-        self._times = _reading_times(problem, memory.times)
+        self._times = functools.cache(lambda: _reading_times(problem, memory.times))
 
     def within(self, problem: Problem) -> Instants:
-        """Those of a problem with other candidates, and transfers that begin alike."""
+        """Those of a problem with other candidates or another mesh, and transfers that begin alike."""
         other = Instants.__new__(Instants)
         other.problem, other.memory, other._times = problem, self.memory, self._times
         return other
@@ -110,45 +115,47 @@ class Instants:
         _add_edges(problem, times, taken, at, node_bytes)
         depends = in_memory & ~whoever
         reads: list[Read] = []
-        for index, entry in enumerate(self._times):
-            if (entry.last >= at).any():
-                reads += self._reads(index, entry, at, depends, surely=surely)
+        for index, entry in enumerate(self._times()):
+            alive = np.flatnonzero((entry.ends >= at) & ((entry.begins <= at) | depends[entry.values]))
+            if len(alive):
+                reads += self._reads(index, entry, at, alive.tolist(), depends, surely=surely)
         return Instant(node_bytes=node_bytes, reads=tuple(reads), fixed_bytes=fixed)
 
-    def _reads(self, index: int, entry: _Times, at: int, depends: NDArray[np.bool_], *, surely: bool) -> list[Read]:
+    def _reads(
+        self, index: int, entry: _Times, at: int, alive: list[int], depends: NDArray[np.bool_], *, surely: bool
+    ) -> list[Read]:
+        """What those of a transfer's values take that someone still reads, and that or a copy of which may be there."""
         sizes: dict[tuple[tuple[int, ...], str], float] = {}
         doubles = self.memory.times.compiler.copies_gathered
-        for member in np.flatnonzero((entry.last >= at).any(axis=1)).tolist():
-            value = int(entry.values[member])
-            alive = entry.last[member] >= at
-            begun = entry.first[member] <= at
+        for member in alive:
+            value, first = entry.values[member], entry.first[member]
+            who = [k for k, last in enumerate(entry.last[member]) if last >= at]
+            now = [k for k in who if first[k] <= at]
             own = bool(depends[value])
-            now, later = alive & begun, alive & ~begun
             if surely:
-                own &= bool(entry.counts[member])
-                if now.any():
+                own &= entry.counts[member]
+                if now:
                     who, kind = now, "own or copy" if own else "copy"
                 elif own:
                     # One of them: if they read alike, it is there but once.
-                    who, kind = np.arange(len(later)) == int(np.argmax(later)), "own or less"
+                    who, kind = who[:1], "own or less"
                 else:
                     continue
             else:
-                who = alive
-                any_begun = bool(begun[entry.last[member] >= 0].any())
+                any_begun = bool(entry.begins[member] <= at)
                 if not own:
                     if not any_begun:
                         continue
                     kind = "copy"
-                elif (now & (entry.gathered[member] >= at)).any():
+                elif any(entry.gathered[member][k] >= at for k in now):
                     kind = "own and copy"
                 elif not any_begun:
                     kind = "own"
                 else:
-                    kind = "own or more" if later.any() else "own or copy"
-                if doubles and (alive & (entry.first[member] == at)).any():
+                    kind = "own or more" if len(now) < len(who) else "own or copy"
+                if doubles and any(first[k] == at for k in who):
                     kind += ", twice"
-            key = tuple(np.flatnonzero(who).tolist()), kind
+            key = tuple(who), kind
             sizes[key] = sizes.get(key, 0.0) + float(self.memory.bytes[value])
         if not sizes:
             return []
@@ -207,9 +214,9 @@ def _reading_times(problem: Problem, times: Lifetimes) -> list[_Times]:
     for transfer in problem.transfers:
         table = np.array([[p for _, p in sorted(reads[m].items())] for m in transfer.values], dtype=np.int64)
         values = [value for value, _ in transfer.values]
-        counts = np.array([value not in counted for value in values])
+        counts = [value not in counted for value in values]
         counted.update(values)
-        found.append(_Times(np.array(values, dtype=np.int64), table[..., 0], table[..., 1], table[..., 2], counts))
+        found.append(_Times(values, table, counts))
     return found
 
 

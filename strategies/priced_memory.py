@@ -62,6 +62,7 @@ def solve_within(
     *,
     thorough: bool = True,
     mixed: bool = True,
+    instants: Instants | None = None,
 ) -> Fit | None:
     """The fastest solution that fits, or one of nearly least peak memory (`fits` is False); None if there is none.
 
@@ -75,13 +76,15 @@ def solve_within(
       starts: choices that are known; what fits is no slower than those of them that do.
       thorough: the gap is closed, and where nothing fits, how little would do is looked for.
       mixed: where bytes cost something, the best of what solutions chose is looked for.
+      instants: those of another problem of the program, with which it shares what they have in common.
     """
     solution = solver.solve(problem, starts, prove=thorough)
     if solution is None:
         return None
     found = fit_of(problem, solution, budget_bytes, memory)
     if not found.fits:
-        found = _solve_priced(Priced(problem, budget_bytes, memory, found, starts), thorough=thorough, mixed=mixed)
+        prices = Priced(problem, budget_bytes, memory, found, starts, instants)
+        found = _solve_priced(prices, thorough=thorough, mixed=mixed)
     if not found.fits or not thorough:
         return found
     own = scheduled_peak(found.layout, budget_bytes, memory)
@@ -89,7 +92,8 @@ def solve_within(
         return dataclasses.replace(found, peak=own)
     # Its own collectives keep more alive than the program's schedule knows: let that take so much less.
     target = budget_bytes * found.peak.bytes / own.bytes
-    less = _solve_priced(Priced(problem, target, memory, found, starts), thorough=thorough, mixed=mixed)
+    prices = Priced(problem, target, memory, found, starts, instants)
+    less = _solve_priced(prices, thorough=thorough, mixed=mixed)
     own = scheduled_peak(less.layout, budget_bytes, memory)
     solution = dataclasses.replace(less.solution, bound_s=found.solution.bound_s)
     return dataclasses.replace(
@@ -106,6 +110,7 @@ class Priced:
       memory: of the program.
       free: the fastest solution, at no price.
       starts: more choices that are known.
+      instants: as in `solve_within`.
     """
 
     def __init__(
@@ -115,13 +120,14 @@ class Priced:
         memory: MemoryModel,
         free: Fit,
         starts: Sequence[Sequence[int]] = (),
+        instants: Instants | None = None,
     ) -> None:
         self.problem, self.budget_bytes, self.memory = problem, budget_bytes, memory
         self.free = self.least = free
         self.s_per_byte = 0.0
         """What a byte costs where the budget is just filled, as far as that is known."""
         self._step_s = max(total_seconds(problem, free.solution.choice), 1e-12)
-        self._instants = Instants(problem, memory)
+        self._instants = Instants(problem, memory) if instants is None else instants.within(problem)
         self._played: Counter[int] = Counter()
         self._relaxed: dict[bool, _Relaxed] = {}
         self._met: dict[tuple[int, ...], Fit] = {}

@@ -26,6 +26,7 @@ from ffjax.strategies.base import Role, Strategy
 from ffjax.strategies.budget import Fit, layout_of, near, scheduled_peak
 from ffjax.strategies.candidates import Keep
 from ffjax.strategies.families import family_keys, members
+from ffjax.strategies.instants import Instants
 from ffjax.strategies.methods.refinement import Refinement
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import Exposed, all_hidden, observed, overlapped
@@ -111,6 +112,7 @@ class Session:
         self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform), fusions=fusions)
         self.memory = MemoryModel(regions, self.times, self.keys)
         self._families = list(members(self.keys).values())
+        self._instants: Instants | None = None
         self._problems: dict[MeshShape, Problem] = {}
         self._simulators: dict[MeshShape, Simulator] = {}
         self._simulated: dict[tuple[MeshShape, tuple[Assignment, ...]], Simulated] = {}
@@ -241,6 +243,7 @@ class Session:
         began: float,
     ) -> Found | None:
         objective = problem if exposed is None else overlapped(problem, exposed)
+        self._instants = self._instants or Instants(problem, self.memory)
         fit = solve_within(
             objective,
             self.budget_bytes,
@@ -249,6 +252,7 @@ class Session:
             starts,
             thorough=thorough,
             mixed=thorough or name == AUTO,
+            instants=self._instants,
         )
         if fit is None:
             return None
