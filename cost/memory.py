@@ -136,7 +136,7 @@ class MemoryModel:
         named = tuple(
             (_PREFIX[kinds[i]] + describe(self.graph, int(value[i])), float(size[i])) for i in largest.tolist()
         )
-        op = int(self.times.op_at[min(at, end - 1)])
+        op = int(np.flatnonzero(self.times.when == min(at, end - 1))[0])
         over_time = np.append(live[self.times.when], live[end])
         return Peak(bytes=float(live[at]), instant=at, op=op, live=named, over_time=over_time)
 

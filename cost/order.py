@@ -98,9 +98,15 @@ def _body(
     steps: list[list[int]] = []
     step_of: dict[int, int] = {}
     at = span.first
+    begin = {position for scope, position in inside if scope in span.scopes}
     while at <= span.last:
+        if at not in begin:
+            step_of[at] = len(steps)
+            steps.append([at])
+            at += 1
+            continue
         bodies = [body for s in span.scopes for body in inside.get((s, at), ())]
-        items = [item for body in bodies for item in _body(graph, kernel, moves, inside, body, from_the_end)] or [at]
+        items = [item for body in bodies for item in _body(graph, kernel, moves, inside, body, from_the_end)]
         ops = [item for item in items if item >= 0]
         step_of.update(dict.fromkeys(ops, len(steps)))
         steps.append(items)

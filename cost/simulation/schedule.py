@@ -133,6 +133,8 @@ class Schedule:
 
     def _read_late(self, read: Read, copies: Sequence[Copy]) -> list[bool]:
         """For each copy whether only late kernels read it, and what is made of it."""
+        if not self._later:
+            return [False] * len(copies)
         found = [all(self._op_of[read.ports[r]] in self._later for r in copy.readers) for copy in copies]
         for copy, late in zip(reversed(copies), reversed(found), strict=True):
             # A copy comes after the one that it is made of, so that all that are made of one are known here.
@@ -149,9 +151,11 @@ class Schedule:
 
     def _waiting(self, points: Sequence[Point]) -> list[int]:
         """The ops that wait for one of some points: the first step that does, and the late kernels."""
-        first = min([self._wait_at[p] for p in points if p in self._wait_at], default=None)
-        late = [op for p in points for op in self._late_waits.get(p, ())]
-        return late if first is None else [first, *late]
+        first, late = _END, list[int]()
+        for point in points:
+            first = min(first, self._wait_at.get(point, _END))
+            late += self._late_waits.get(point, ())
+        return late if first == _END else [first, *late]
 
     def _wait(self, point: Point, points: Sequence[Point]) -> None:
         for op in self._waiting(points):

@@ -86,7 +86,12 @@ class Simulator:
         self.axis_prices = model.axis_prices if axis_prices is None else axis_prices
         self.tasks = build_task_graph(regions, kernels) if tasks is None else tasks
         self._costs = TaskCosts(regions, kernels, model, self.tasks)
-        self._kernel_ops = [list(dict.fromkeys(k.op for k in own)) for own in self._costs.own]
+        kernel_ops = [list(dict.fromkeys(k.op for k in own)) for own in self._costs.own]
+        self._kernel_ops = [
+            list(zip(*(kernel_ops[region] for region in alike), strict=True))
+            for alike in self._costs.kinds.region_groups
+        ]
+        """For each group of regions the ops that run kernels, those together that take alike."""
         reads: dict[int, list[Read]] = {scope: [] for scope in self.tasks.blocks}
         for read in self.tasks.reads:
             reads[read.block].append(read)
@@ -119,6 +124,8 @@ class Simulator:
         self.assignments = list(assignments)
         self._numbers = self._costs.numbers(assignments)
         self._ticks = [0] * len(self.regions.graph.ops)
+        self._priced: list[tuple[int, ...]] = [()] * len(self._kernel_ops)
+        """For each group of regions what its kernels take, as long as they were priced."""
         self._copies: list[tuple[Copy, ...]] = [()] * len(self._costs.kinds.read_groups)
         self._sums: list[tuple[Hop, ...]] = [()] * len(self._costs.kinds.sum_groups)
         start = idle(len(self.model.cluster.links))
@@ -202,18 +209,19 @@ class Simulator:
         self, regions: Iterable[int], reads: Iterable[int], sums: Iterable[int], *, anew: bool = False
     ) -> Simulated:
         layout, numbers, costs, kinds = self.layout, self._numbers, self._costs, self._costs.kinds
-        block_of, ops, all_ticks = self.tasks.block_of, self.regions.graph.ops, self._ticks
+        block_of, graph_ops, all_ticks = self.tasks.block_of, self.regions.graph.ops, self._ticks
         for group in regions:
-            alike = kinds.region_groups[group]
-            if not self._kernel_ops[alike[0]]:
+            first, ops = kinds.region_groups[group][0], self._kernel_ops[group]
+            if not ops:
                 continue
-            priced = costs.kernel_ticks(alike[0], self.assignments[alike[0]], numbers[alike[0]])
-            for region in alike:
-                for op, ticks in zip(self._kernel_ops[region], priced, strict=True):
-                    if all_ticks[op] != ticks:
+            priced = costs.kernel_ticks(first, self.assignments[first], numbers[first])
+            for alike, before, ticks in zip(ops, self._priced[group] or [0] * len(ops), priced, strict=True):
+                if ticks != before:
+                    for op in alike:
                         all_ticks[op] = ticks
                         if not anew:
-                            self.schedules[block_of[ops[op].scope]].touch(op)
+                            self.schedules[block_of[graph_ops[op].scope]].touch(op)
+            self._priced[group] = priced
         for group in sums:
             alike = kinds.sum_groups[group]
             hops = costs.sums(alike[0], self.tasks.sums[alike[0]], numbers, layout)
@@ -282,7 +290,9 @@ class Simulator:
 
     def _prepare(self, scope: int, segment: int) -> None:
         schedule, played = self.schedules[scope], self._played[scope]
-        inside = {s.op: self._inside(scope, s.op) for s in schedule.segments[segment] if s.inside}
+        inside = (
+            {s.op: self._inside(scope, s.op) for s in schedule.segments[segment] if s.inside} if schedule.inner else {}
+        )
         events = played.events[segment] = schedule.events(segment, self._ticks, inside)
         compute = comm = 0
         for event in events:
