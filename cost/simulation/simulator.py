@@ -237,17 +237,17 @@ class Simulator:
         schedule, played = self.schedules[scope], self._played[scope]
         if not schedule.dirty:
             return
-        todo = sorted(schedule.dirty, reverse=True)
-        segment, state = todo[-1], played.states[todo[-1]]
+        pending = sorted(schedule.dirty, reverse=True)
+        segment, state = pending[-1], played.states[pending[-1]]
         while True:
-            if todo and todo[-1] == segment:
-                todo.pop()
+            if pending and pending[-1] == segment:
+                pending.pop()
                 self._prepare(scope, segment)
             elif state == played.states[segment]:
                 # From here on all is as it was, up to the next segment whose events changed.
-                if not todo:
+                if not pending:
                     break
-                segment = todo[-1]
+                segment = pending[-1]
                 state = played.states[segment]
                 continue
             played.states[segment] = state
@@ -258,8 +258,8 @@ class Simulator:
             played.elapsed[segment], state, later = play(played.events[segment], state, overlap=self.overlap, ran=ran)
             if later != played.later[segment]:
                 played.later[segment] = later
-                if segment < late and late not in todo:
-                    bisect.insort(todo, late, key=lambda s: -s)
+                if segment < late and late not in pending:
+                    bisect.insort(pending, late, key=lambda s: -s)
             segment += 1
         schedule.dirty.clear()
         totals = (sum(played.elapsed) + max(played.states[-1].links), sum(played.compute), sum(played.comm))
