@@ -159,8 +159,9 @@ def _lines(result: SearchResult, base: Found, problem: Problem, known: Sequence[
     starts = [c for f in here if (c := choice_of(problem, f.layout.assignments)) is not None]
     objectives = [problem]
     if session.cluster.async_collectives:
-        session.simulated(here[0].layout)
-        objectives.append(overlapped(problem, observed(problem, session.simulator(base.mesh))))
+        simulator = session.simulator(base.mesh)
+        simulator.go_on(here[0].layout.assignments)
+        objectives.append(overlapped(problem, observed(problem, simulator)))
     lines = []
     for objective in objectives:
         solver = Solver()

@@ -16,7 +16,7 @@ from ffjax.cost.kernels import by_family, kernels
 from ffjax.cost.lifetimes import Lifetimes, lifetimes
 from ffjax.cost.memory import MemoryModel, Peak
 from ffjax.cost.simulation.simulator import Simulated, Simulator
-from ffjax.cost.simulation.task_graph import TaskGraph, build_task_graph
+from ffjax.cost.simulation.task_graph import build_task_graph
 from ffjax.ir.assignment import Assignment
 from ffjax.ir.dims import named_dims
 from ffjax.ir.layout import Layout
@@ -25,7 +25,7 @@ from ffjax.ir.spec import MeshShape, parts_of
 from ffjax.strategies.base import Role, Strategy
 from ffjax.strategies.budget import Fit, layout_of, near, scheduled_peak
 from ffjax.strategies.candidates import Keep
-from ffjax.strategies.families import family_keys
+from ffjax.strategies.families import family_keys, members
 from ffjax.strategies.methods.refinement import Refinement
 from ffjax.strategies.methods.solver import Solver
 from ffjax.strategies.overlap import Exposed, all_hidden, observed, overlapped
@@ -110,9 +110,10 @@ class Session:
         self.usage = Usage(regions, named_dims(regions))
         self.times: Lifetimes = lifetimes(regions.graph, compiler_of(cluster.device.platform), fusions=fusions)
         self.memory = MemoryModel(regions, self.times, self.keys)
-        self._tasks: TaskGraph | None = None
+        self._families = list(members(self.keys).values())
         self._problems: dict[MeshShape, Problem] = {}
         self._simulators: dict[MeshShape, Simulator] = {}
+        self._simulated: dict[tuple[MeshShape, tuple[Assignment, ...]], Simulated] = {}
 
     def restricted(self, strategy: Strategy, mesh: MeshShape, roles: Sequence[Role], *, alone: bool) -> list[Found]:
         """The best plan of a named strategy on one mesh, if it has any there."""
@@ -150,7 +151,7 @@ class Session:
         solve(all_hidden(problem))
         for _ in range(OBSERVED):
             best = min((f for f in [*named_, *found] if f.fits), key=lambda f: f.predicted_s)
-            self.simulated(best.layout)
+            self.simulator(mesh).go_on(best.layout.assignments)
             one = solve(observed(problem, self.simulator(mesh)))
             if one is None or one.predicted_s >= best.predicted_s:
                 break
@@ -273,12 +274,20 @@ class Session:
         )
 
     def simulated(self, layout: Layout) -> Simulated:
-        return self.simulator(layout.mesh).go_on(layout.assignments)
+        """What a plan takes. Several solves find the same one: it is simulated once."""
+        key = layout.mesh, tuple([layout.assignments[own[0]] for own in self._families])
+        if key not in self._simulated:
+            self._simulated[key] = self.simulator(layout.mesh).go_on(layout.assignments)
+        return self._simulated[key]
 
     def simulator(self, mesh: MeshShape) -> Simulator:
-        if self._tasks is None:
-            self._tasks = build_task_graph(self.regions, self.kernels, self.keys)
+        """The simulator of a mesh, which holds the plan that it simulated last."""
         if mesh not in self._simulators:
             model = CollectiveModel(mesh, self.cluster)
-            self._simulators[mesh] = Simulator(self.regions, self.kernels, model, tasks=self._tasks)
+            other = next(iter(self._simulators.values()), None)
+            if other is None:
+                tasks = build_task_graph(self.regions, self.kernels, self.keys)
+                self._simulators[mesh] = Simulator(self.regions, self.kernels, model, tasks=tasks)
+            else:
+                self._simulators[mesh] = other.on(model)
         return self._simulators[mesh]

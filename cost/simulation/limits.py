@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ffjax.cost.collectives import CollectiveModel
-from ffjax.cost.kernels import Kernel
 from ffjax.cost.simulation.simulator import Simulator
 from ffjax.cost.simulation.timeline import COMPUTE
 from ffjax.ir.assignment import Assignment
@@ -71,7 +70,7 @@ class Limits:
 
 
 def limits_of(
-    simulator: Simulator, kernels: Sequence[Kernel], assignments: Sequence[Assignment], memory: MoreMemory | None = None
+    simulator: Simulator, assignments: Sequence[Assignment], memory: MoreMemory | None = None
 ) -> Limits:
     """Simulates a plan: once as it is, and for each link that it uses with more of its bandwidth."""
     step_s = simulator.go_on(assignments).step_s
@@ -87,7 +86,7 @@ def limits_of(
         links[index] = dataclasses.replace(links[index], bytes_per_s=links[index].bytes_per_s * factor)
         model = CollectiveModel(simulator.model.mesh, cluster, tuple(links))
         # The plan is held: so are the ways by which it reshards.
-        faster = Simulator(simulator.regions, kernels, model, simulator.axis_prices, simulator.tasks)
+        faster = simulator.on(model, simulator.axis_prices)
         return step_s - faster.run(assignments).step_s
 
     used = {s.stream for s in streams if s.busy_s > 0}

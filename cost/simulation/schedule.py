@@ -19,6 +19,7 @@ read. The rule needs places only, no times, so that a schedule changes no furthe
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -68,8 +69,14 @@ class Schedule:
                 self._blocks.setdefault(port, []).extend(own)
         self.clear()
 
+    def empty(self) -> Schedule:
+        """The same block without collectives: what no plan changes is shared."""
+        other = copy.copy(self)
+        other.clear()
+        return other
+
     def clear(self) -> None:
-        """No collectives at all."""
+        """No collectives at all: everything that a plan decides begins anew."""
         count = len(self._ports)
         self._blocked = np.zeros(count, np.int64)
         self._bytes, self._active = np.zeros(count), np.zeros(count, bool)

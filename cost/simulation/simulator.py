@@ -18,6 +18,7 @@ that border, so the answer is exactly that of simulating everything.
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -98,6 +99,16 @@ class Simulator:
             for body in inner.bodies
         }
         self.assignments: list[Assignment] = []
+
+    def on(self, model: CollectiveModel, axis_prices: tuple[float, ...] | None = None) -> Simulator:
+        """A simulator of the same program on another mesh or other links; it shares what no plan changes."""
+        other = copy.copy(self)
+        other.model, other.overlap = model, model.cluster.async_collectives
+        other.axis_prices = model.axis_prices if axis_prices is None else axis_prices
+        other._costs = self._costs.on(model)
+        other.schedules = {scope: schedule.empty() for scope, schedule in self.schedules.items()}
+        other.assignments = []
+        return other
 
     def run(self, assignments: Sequence[Assignment]) -> Simulated:
         """Simulates a plan from the beginning: one assignment for each region."""

@@ -7,6 +7,7 @@ the same in any order: simulating a part again then gives exactly what simulatin
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import itemgetter
@@ -49,17 +50,27 @@ class TaskCosts:
     """Prices for one program on one mesh. Alike regions, reads and sums share entries."""
 
     def __init__(self, regions: Regions, kernels: Sequence[Kernel], model: CollectiveModel, tasks: TaskGraph) -> None:
-        self.regions, self.model = regions, model
-        self._links: dict[tuple[str, ...], tuple[int, ...]] = {}
-        self._numbers: dict[Assignment, int] = {}
-        self._kernels: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._copies: dict[Hashable, tuple[Copy, ...]] = {}
-        self._sums: dict[Hashable, tuple[Hop, ...]] = {}
+        self.regions = regions
+        self._forget(model)
         self.own = own_kernels(regions, kernels)
         """The kernels of each region."""
         if tasks.kinds is None:
             tasks.kinds = _kinds(regions, self.own, tasks)
         self.kinds = tasks.kinds
+
+    def on(self, model: CollectiveModel) -> TaskCosts:
+        """Prices for the same program on another mesh or other links."""
+        other = copy.copy(self)
+        other._forget(model)
+        return other
+
+    def _forget(self, model: CollectiveModel) -> None:
+        self.model = model
+        self._links: dict[tuple[str, ...], tuple[int, ...]] = {}
+        self._numbers: dict[Assignment, int] = {}
+        self._kernels: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._copies: dict[Hashable, tuple[Copy, ...]] = {}
+        self._sums: dict[Hashable, tuple[Hop, ...]] = {}
 
     def number(self, assignment: Assignment) -> int:
         """A small number that stands for an assignment in keys."""

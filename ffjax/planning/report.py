@@ -74,9 +74,7 @@ def plan_of(
         decisions=tuple(_decisions(regions, best, result.keys, others)),
         estimate=estimate(layout, result.kernels, model, best.peak, best.simulated, result.keys),
         search=_search_report(result, best, seconds),
-        limits=limits_of(
-            result.session.simulator(best.mesh), result.kernels, layout.assignments, _more_memory(result, best)
-        ),
+        limits=limits_of(result.session.simulator(best.mesh), layout.assignments, _more_memory(result, best)),
         profile="" if cluster.profile is None else f"{cluster.profile.name} {cluster.profile.digest}",
         remat=program.remat,
         kept=dict(kept),
