@@ -105,16 +105,16 @@ def splits(rule: OpShardingRule, factor: int) -> dict[int, int] | None:
     A dimension is split from its major end. None: a factor in the way cannot be split.
     """
     ways = {factor: 2}
-    todo = [factor]
-    while todo:
-        this = todo.pop()
+    pending = [factor]
+    while pending:
+        this = pending.pop()
         for dim in itertools.chain.from_iterable(rule.operands + rule.results):
             for major in dim[: dim.index(this)] if this in dim else ():
                 if kind(rule, major) == "need-replication":
                     return None
                 if ways.get(major) != rule.sizes[major]:
                     ways[major] = rule.sizes[major]
-                    todo.append(major)
+                    pending.append(major)
     return ways
 
 

@@ -69,9 +69,7 @@ class Limits:
         return max(self.links, key=lambda link: link.saved_by_twice_s).link
 
 
-def limits_of(
-    simulator: Simulator, assignments: Sequence[Assignment], memory: MoreMemory | None = None
-) -> Limits:
+def limits_of(simulator: Simulator, assignments: Sequence[Assignment], memory: MoreMemory | None = None) -> Limits:
     """Simulates a plan: once as it is, and for each link that it uses with more of its bandwidth."""
     step_s = simulator.go_on(assignments).step_s
     timeline = simulator.timeline()

@@ -19,8 +19,8 @@ read. The rule needs places only, no times, so that a schedule changes no furthe
 from __future__ import annotations
 
 import bisect
-import copy
 from collections.abc import Mapping, Sequence
+from copy import copy as shallow
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class Schedule:
 
     def empty(self) -> Schedule:
         """The same block without collectives: what no plan changes is shared."""
-        other = copy.copy(self)
+        other = shallow(self)
         other.clear()
         return other
 

@@ -130,12 +130,12 @@ class _Frontier:
 
     def decide(self) -> tuple[tuple[int, ...] | None, float]:
         """The best choice below the limit, if one is found, and the bound that remains."""
-        todo = set(range(len(self.theta)))
+        pending = set(range(len(self.theta)))
         boundary: set[int] = set()
-        while todo and len(self.below_s):
-            open_nodes = {n for b in boundary for n in self.neighbours[b]} & todo or todo
+        while pending and len(self.below_s):
+            open_nodes = {n for b in boundary for n in self.neighbours[b]} & pending or pending
             node = min(open_nodes, key=lambda n: (self._boundary_after(n), n))
-            todo.remove(node)
+            pending.remove(node)
             below = self._extended(node)
             boundary = {n for n in (*boundary, node) if self.undecided[n]}
             self._merge(node, below, boundary)

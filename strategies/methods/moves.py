@@ -63,15 +63,15 @@ class Moves:
 
     def descend(self, fixed: Collection[int] = (), begin: Iterable[int] | None = None) -> None:
         """Gives nodes their best candidate in turn, until none gains: all but `fixed` ones, from `begin` outwards."""
-        todo = dict.fromkeys(range(len(self.choice)) if begin is None else begin)
-        while todo:
-            node = next(iter(todo))
-            del todo[node]
+        pending = dict.fromkeys(range(len(self.choice)) if begin is None else begin)
+        while pending:
+            node = next(iter(pending))
+            del pending[node]
             extra = self.extra(node)
             best = int(np.argmin(extra))
             if node not in fixed and extra[best] < -_LEAST_GAIN * abs(float(self.seconds(node)[best])):
                 self.move(node, best)
-                todo.update(dict.fromkeys(self.neighbours[node]))
+                pending.update(dict.fromkeys(self.neighbours[node]))
 
     def _priced(self, node: int) -> Floats:
         total = self._cost[node].copy()
