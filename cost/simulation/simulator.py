@@ -215,9 +215,9 @@ class Simulator:
             if not ops:
                 continue
             priced = costs.kernel_ticks(first, self.assignments[first], numbers[first])
-            for alike, before, ticks in zip(ops, self._priced[group] or [0] * len(ops), priced, strict=True):
+            for same, before, ticks in zip(ops, self._priced[group] or [0] * len(ops), priced, strict=True):
                 if ticks != before:
-                    for op in alike:
+                    for op in same:
                         all_ticks[op] = ticks
                         if not anew:
                             self.schedules[block_of[graph_ops[op].scope]].touch(op)
